@@ -75,7 +75,7 @@ RECIPES = {
     # MSN is content with a plate's grey level, polarity and place unless its views destroy them.
     "plates": SMALL | dict(
         flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0, invert=0.5, noise=0.2,
-        standardise=True, rand_crop=[0.6, 1.0], epochs=12, warmup=0.5, ema=0.98,
+        standardise=True, rand_crop=[0.6, 1.0], epochs=7, warmup=0.5, ema=0.98,
     ),
 }  # fmt: skip
 
@@ -112,6 +112,8 @@ def parse_args(argv=None):
     recipe = dict(RECIPES[args.recipe])
     if (args.k_classes or 0) > recipe["batch_size"]:  # a batch that the user gave stays as it is
         recipe["batch_size"] = -(-args.k_classes // 128) * 128
+        if args.batch_size is None and os.environ.get("RANK", "0") == "0":
+            print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
     vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
     may_be_0 = (
         "seed workers long_tail sinkhorn standardise me_max_weight focal_views patch_drop flip"
@@ -184,7 +186,7 @@ def open_data(data, split):
         else:
             samples = ImageFolder(root / split).samples
     except (OSError, RuntimeError, ValueError, KeyError) as error:
-        need = "a download or ./data" if data in RECIPES else f"{root / split}/CLASS/IMAGE"
+        need = "a download or ./data" if "cifar" in data else f"{root / split}/CLASS/IMAGE"
         fail(f"--data {data}: needs {need} ({type(error).__name__}: {str(error).splitlines()[0]})")
     paths, labels = zip(*samples)
     return list(map(str, paths)), {"class": torch.tensor(labels)}
@@ -459,7 +461,7 @@ def draw_prototypes(prototypes, embeddings, pictures, path, rows=12, columns=10)
     similarity = F.normalize(prototypes) @ F.normalize(embeddings.to(prototypes)).T  # (K, M)
     used = similarity.argmax(dim=0).bincount(minlength=len(prototypes)).argsort(descending=True)
     chosen = used[torch.linspace(0, len(used) - 1, rows).long()]
-    nearest = similarity[chosen].topk(min(columns, len(pictures))).indices
+    nearest = similarity[chosen].topk(min(columns, len(pictures))).indices.cpu()
     save_image(pictures[nearest.flatten()].float() / 255, path, nrow=nearest.shape[1])
 
 
@@ -579,9 +581,8 @@ def train(args):
     views = CroppedViews(images, groups, args.flip, args.seed, rank, W)
     workers = 0 if torch.is_tensor(images) else os.cpu_count() // W
     workers = workers if args.workers is None else args.workers
-    loader = DataLoader(
-        views, None, sampler=stream(), num_workers=workers, pin_memory=device.type == "cuda"
-    )
+    pin = device.type == "cuda"
+    loader = DataLoader(views, None, sampler=stream(), num_workers=workers, pin_memory=pin)
 
     torch.manual_seed(args.seed)  # the same initial weights on every process
     encoder = VisionTransformer(**pick("image_size patch_size dim depth heads stem"))
@@ -594,13 +595,13 @@ def train(args):
     model = DistributedDataParallel(msn)
 
     log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank > 0, unit="step")
-    if rank == 0:
+    if rank == 0 and start < stop:
         print(json.dumps(options), flush=True)
-        lines = log.read_text().splitlines(keepends=True)
-        log.write_text("".join(lines[:logged]))  # without what a killed run logged after its save
-    terminated, seen, quiet, clock, now = [], [], 0, time.time(), start
+        lines = log.read_bytes().splitlines(keepends=True)[:logged]
+        os.truncate(log, sum(map(len, lines)))  # drop what a killed run logged after its last save
+    terminated, seen, quiet, clock, mark, now = [], [], 0, time.time(), start, start
     handler = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    for step, crops in zip(range(start, stop), loader, strict=False):
+    for step, crops in zip(range(start, stop), loader):
         if isinstance(crops, str):
             fail(crops, everywhere=True)
         inputs, B = [], crops[0].shape[1]
@@ -619,9 +620,8 @@ def train(args):
         rates = schedules(step, epoch_steps, **rates)
         loss_options = pick("clip temperature sharpen me_max_weight sinkhorn")
         terms, z = update(model, target, optimizer, inputs, keep, **rates, **loss_options)
-        recent, seen = recent + [terms], (seen + [(z.cpu(), crops[0][0])])[-(2000 // B + 1) :]
-        now += 1
-        bar.update()
+        recent, seen = [*recent, terms], [*seen, (z, crops[0][0])][-(1000 // B + 1) :]
+        now, _ = step + 1, bar.update()
         flag = torch.tensor(float(bool(terminated)))
         dist.all_reduce(flag, group=hosts)
         last = now == stop or flag > 0
@@ -634,37 +634,32 @@ def train(args):
         for number, values in enumerate(recent, now - len(recent) + 1):
             if not values.isfinite().all():
                 fail(f"the loss is not finite at step {number}: lower --lr {args.lr}")
-        if last or now % args.log_every == 0:
+        logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
+        if rank == 0 and logs:
             norm, loss, cross_entropy, me_max = torch.stack(recent).mean(dim=0).tolist()
-            entropy, seconds, clock = (
-                math.log(args.num_prototypes) - me_max,
-                time.time() - clock,
-                time.time(),
-            )
-            terms = dict(loss=loss, cross_entropy=cross_entropy, me_max=me_max, entropy=entropy)
-            # what predictions tell of their image, in nats: 0 in either kind of collapse
-            terms |= dict(information=entropy - cross_entropy, gradient_norm=norm)
-            terms |= dict(images_per_second=len(recent) * args.batch_size / seconds)
-            quiet = (
-                quiet + 1 if terms["information"] < 0.02 and now > args.warmup * epoch_steps else 0
-            )
-        if rank == 0 and (last or now % args.log_every == 0):
+            entropy = math.log(args.num_prototypes) - me_max  # of the mean prediction, nats
+            line = dict(step=now, epoch=step // epoch_steps) | rates | dict(loss=loss)
+            line |= dict(cross_entropy=cross_entropy, me_max=me_max, entropy=entropy)
+            # What predictions tell of their image, in nats: 0 in either kind of collapse.
+            line |= dict(information=entropy - cross_entropy, gradient_norm=norm)
+            line |= dict(images_per_second=(now - mark) * args.batch_size / (time.time() - clock))
             with log.open("a") as file:
-                print(
-                    json.dumps(dict(step=now, epoch=step // epoch_steps) | rates | terms), file=file
-                )
-            bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()})
+                print(json.dumps(line), file=file)
+            shown = ("loss", "cross_entropy", "me_max", "information", "images_per_second")
+            bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
+            told = line["information"] > 0.02 or now < args.warmup * epoch_steps
+            quiet = 0 if told else quiet + 1
             if quiet == 5:
                 bar.write("warning: collapse: predictions are the same for all images; lower --lr")
         if now % args.log_every == 0:
-            recent, logged = [], logged + 1
-        if rank == 0 and (last or now % args.save_every == 0):
+            recent, logged, clock, mark = [], logged + 1, time.time(), now
+        if rank == 0 and saves:
             saved = dict(options=options, step=now, recent=recent, logged=logged)
             saved |= {name: part.state_dict() for name, part in parts.items()}
             torch.save(saved, out / "checkpoint.partial")  # renamed: a kill leaves no half file
             os.replace(out / "checkpoint.partial", out / "checkpoint.pt")
-            nearest = map(torch.cat, zip(*seen, strict=True))
-            draw_prototypes(msn.prototypes.detach().cpu(), *nearest, out / "prototypes.png")
+            embeddings, pictures = map(torch.cat, zip(*seen))
+            draw_prototypes(msn.prototypes.detach(), embeddings, pictures, out / "prototypes.png")
         if last:
             break
     bar.close()

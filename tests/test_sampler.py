@@ -24,6 +24,24 @@ def epoch_of(labels, batch_size, k_classes=None, *, epoch=0, **options):
     return np.array(list(sampler))
 
 
+def epochs_of(labels, batch_size, k_classes=None, *, epochs):
+    """The batches of many epochs of one sampler -> (epochs, batches, batch size)."""
+    sampler = KClassBatchSampler(labels, batch_size, k_classes)
+    batches = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        batches.append(list(sampler))
+    return np.array(batches)
+
+
+def times_drawn(batches, items):
+    """How often each of `items` numbers is among the last dimension's."""
+    flat = batches.reshape(-1, batches.shape[-1])
+    flat = flat + items * np.arange(len(flat))[:, None]  # one range of numbers for each row
+    counts = np.bincount(flat.ravel(), minlength=items * len(flat))
+    return counts.reshape(*batches.shape[:-1], items)
+
+
 def audit(labels, batch_size, k_classes, *, seed=0, epoch=0):
     """Check all that must hold in every batch, and in an epoch after every batch."""
     sampler = KClassBatchSampler(labels, batch_size, k_classes, seed=seed)
@@ -91,15 +109,14 @@ def test_batches_of_random_data(block):
 
 def test_without_k_classes_it_is_a_shuffle_without_replacement():
     labels = labels_of([7] * 15)
-    epochs = np.array([epoch_of(labels, 8, epoch=epoch) for epoch in range(2000)])
+    epochs = epochs_of(labels, 8, epochs=2000)
     assert epochs.shape == (2000, 13, 8)  # 105 images: the last one is dropped
-    kept = np.array([np.bincount(epoch.ravel(), minlength=105) for epoch in epochs])
-    assert kept.max() == 1
-    assert_equal_rates(kept, 104 / 105)
-    first = np.array([np.bincount(epoch[0], minlength=105) for epoch in epochs])
-    assert_equal_rates(first, 8 / 105)
+    drawn = times_drawn(epochs, 105)
+    assert drawn.sum(axis=1).max() == 1
+    assert_equal_rates(drawn.sum(axis=1), 104 / 105)
+    assert_equal_rates(drawn[:, 0], 8 / 105)
     # Not the classes' doing: 8 of 105 images drawn anyhow are of 15 (1 - C(98, 8) / C(105, 8)).
-    classes = np.array([[len(set(labels[batch])) for batch in epoch] for epoch in epochs])
+    classes = np.count_nonzero(times_drawn(labels[epochs], 15), axis=-1)
     expected = 15 * (1 - math.comb(98, 8) / math.comb(105, 8))
     assert abs(classes.mean() - expected) < 5 * classes.std() / np.sqrt(classes.size)
 
@@ -117,59 +134,45 @@ def test_length(images, batch_size, batches, k_classes):
 
 
 def test_every_class_and_image_is_seen_equally_often():
-    labels, epochs = labels_of([11] * 10), 1500
-    images = np.zeros((epochs, 110))
-    for epoch in range(epochs):
-        images[epoch] = np.bincount(epoch_of(labels, 16, 3, epoch=epoch).ravel(), minlength=110)
-    assert_equal_rates(images, 6 * 16 / 110)
-    classes = images[:, np.argsort(labels, kind="stable")].reshape(epochs, 10, 11).sum(axis=2)
-    assert_equal_rates(classes, 6 * 16 / 10)
+    labels = labels_of([11] * 10)
+    batches = epochs_of(labels, 16, 3, epochs=1000)
+    assert_equal_rates(times_drawn(batches, 110).sum(axis=1), 6 * 16 / 110)
+    assert_equal_rates(times_drawn(labels[batches], 10).sum(axis=1), 6 * 16 / 10)
 
 
 def test_size_of_a_class_does_not_matter():
-    sizes, epochs = np.array([40, 20, 12, 6, 4, 3, 2, 1]), 1500
+    sizes = np.array([40, 20, 12, 6, 4, 3, 2, 1])
     labels = labels_of(sizes)
-    images = np.zeros((epochs, len(labels)))
-    for epoch in range(epochs):
-        batches = epoch_of(labels, 20, 3, epoch=epoch)
-        images[epoch] = np.bincount(batches.ravel(), minlength=len(labels))
-    classes = np.stack([images[:, labels == c].sum(axis=1) for c in range(8)], axis=1)
-    assert_equal_rates(classes, 4 * 20 / 8)
+    batches = epochs_of(labels, 20, 3, epochs=1000)
+    assert_equal_rates(times_drawn(labels[batches], 8).sum(axis=1), 4 * 20 / 8)
+    images = times_drawn(batches, len(labels)).sum(axis=1)
     for c, size in enumerate(sizes):
         assert_equal_rates(images[:, labels == c], 4 * 20 / 8 / size)
 
 
 def test_larger_shares_and_company_are_random():
-    labels, epochs, size = labels_of([20] * 8), 2000, 10
-    present, larger = np.zeros((2, epochs, 6, 8))  # batches of 10 with 4 classes: 3 + 3 + 2 + 2
-    position = np.zeros((epochs, size))
-    for epoch in range(epochs):
-        batches = epoch_of(labels, size, 4, epoch=epoch)[:6]
-        counts = np.array([np.bincount(labels[batch], minlength=8) for batch in batches])
-        present[epoch], larger[epoch] = counts > 0, counts == 3
-        position[epoch] = labels[batches[0]]
-    for batch in range(6):  # each batch on its own: later ones do not make up for earlier ones
+    labels = labels_of([10] * 8)  # batches of 10 with 4 of 8 classes: 3 + 3 + 2 + 2 images
+    batches = epochs_of(labels, 10, 4, epochs=1500)
+    counts = times_drawn(labels[batches], 8)
+    present, larger = 1.0 * (counts > 0), 1.0 * (counts == 3)
+    for batch in range(8):  # each batch on its own: later ones do not make up for earlier ones
         assert_equal_rates(present[:, batch], 4 / 8)
         assert_equal_rates(larger[:, batch], 2 / 8)
     first, second = np.triu_indices(8, k=1)
     assert_equal_rates(present[:, 0, first] * present[:, 0, second], 4 * 3 / (8 * 7))
     assert_equal_rates(larger[:, 0, first] * larger[:, 0, second], 2 * 1 / (8 * 7))
-    assert_equal_rates(position, 3.5)  # no place in the batch prefers a class
+    assert_equal_rates(labels[batches[:, 0]], 3.5)  # no place in the batch prefers a class
 
 
 def test_decks_are_shuffled_anew():
-    epochs = 4000  # class 0 has images a..e, and 2 of them in each of batches 0, 1, 2, ...
-    labels, overlaps = labels_of([5, 27]), np.zeros((epochs, 8, 8))
-    for epoch in range(epochs):
-        batches = epoch_of(labels, 4, 2, epoch=epoch)
-        images = np.array([np.bincount(batch, minlength=32)[labels == 0] for batch in batches])
-        overlaps[epoch] = images @ images.T
-    # ab, cd, e + x: x is one of a..d, whichever; then two rounds of e and three of a..d, twice ..
+    labels = labels_of([5, 27])  # every batch has 2 of the 5 images a..e of class 0
+    drawn = times_drawn(epochs_of(labels, 4, 2, epochs=1500), 32)[:, :, labels == 0]
+    overlaps = drawn @ drawn.transpose(0, 2, 1)  # (epochs, 8, 8), images that two batches share
     means = np.zeros((8, 8))
+    # Batches 0 to 4: ab, cd, ex, then two that share what is not x; x is any of a..d.
     means[2] = 0.5, 0.5, 2, 0.5, 0.5, 0.8, 0.8, 0.8
     means[3] = 0.75, 0.75, 0.5, 2, 0, 0.8, 0.8, 0.8
-    # .. and after these ten all is forgotten: any 2 of 5 meet any other 2 of 5 in 2 * 2 / 5.
-    means[5, :5] = 0.8
+    means[5, :5] = 0.8  # after these ten cards all is forgotten: 2 of 5 meet 2 of 5 in 2 * 2 / 5
     for batch, others in ((2, range(8)), (3, range(8)), (5, range(5))):
         for other in others:
             assert_equal_rates(overlaps[:, batch, [other]], means[batch, other])
@@ -284,7 +287,7 @@ BAD = {
     "more classes than images": (dict(batch_size=6, k_classes=8), "8 6"),
     "no class": (dict(k_classes=0), "0 1 10"),
     "negative number of classes": (dict(k_classes=-3), "-3 1 10"),
-    "not divisible": (dict(batch_size=30, world_size=8), "30 8 multiple"),
+    "not divisible": (dict(batch_size=30, world_size=8), "30 8 multiple 24"),
     "fewer images than processes": (dict(batch_size=3, world_size=8), "3 8 multiple"),
     "empty batch": (dict(batch_size=0), "0 1"),
     "batch larger than the data": (dict(batch_size=128), "100 batch most"),
@@ -338,11 +341,13 @@ def test_speed_and_memory(name, images):
     sampler = KClassBatchSampler(labels.tolist(), 4096, 960)
     assert clock() - start < 1.0  # seconds
 
-    times = [clock()]
-    for batch in sampler:
-        times.append(clock())
-        assert len(set(labels[batch])) == 960
-    assert np.median(np.diff(times)) < 0.005
+    batches, times = iter(sampler), []
+    for _ in range(50):
+        start = clock()
+        batch = next(batches)
+        times.append(clock() - start)
+        assert len(np.unique(labels[batch])) == 960
+    assert np.median(times) < 0.005
 
     sampler = KClassBatchSampler(labels, 1024, 960)
     start = clock()

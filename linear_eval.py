@@ -1,0 +1,496 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch>=2.6", "torchvision>=0.21", "numpy", "tqdm"]
+# ///
+"""Linear evaluation: how much of a target can a linear classifier read off a frozen encoder?
+
+    python linear_eval.py runs/msn/checkpoint.pt                      the checkpoint's own data
+    python linear_eval.py runs/msn/checkpoint.pt --data FOLDER        train/CLASS/*, val/CLASS/*
+    python linear_eval.py runs/msn/checkpoint.pt --target count       of plates: discs, not digits
+
+Features of whole, unaugmented images are computed once. On them several heads are trained at once,
+each with its own feature, normalisation and learning rate, by the recipe of VISSL (SGD, Nesterov
+momentum 0.9, weight decay 5e-4, 28 epochs, learning rate 0.01 for a batch of 256, scaled with the
+batch, divided by 10 at epochs 8, 16, 24; larger rates besides, since small features need them). The best head is chosen on a tenth of the
+training set that no head saw; the test set is used once. The untrained encoder is the control.
+In shapes: N images, B a batch, D features, L learning rates, T targets an image, C classes.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+from tqdm import tqdm
+
+# ---- 1. Hyper-parameters
+LEARNING_RATES = (0.01, 0.1, 1.0)  # at batch 256; the first is VISSL's
+IN_MEMORY = ("plates", "cifar10", "cifar100")
+
+
+def fail(message, everywhere=False):
+    """Bad input: one line on stderr (process 0 speaks for all, unless `everywhere`), status 2."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.error = fail
+    p.add_argument("checkpoint", help="checkpoint.pt of a run")
+    p.add_argument("--data", help="plates, cifar10, cifar100 or a folder (default: the run's)")
+    p.add_argument("--target", help="of plates: digits (default), number, count or size")
+    p.add_argument("--out", help="JSON file (default: beside the checkpoint)")
+    p.add_argument("--epochs", type=int, default=28, help="of the heads")
+    p.add_argument("--batch-size", type=int, default=1024, help="of the heads; scales their rates")
+    p.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="loader processes, for files"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the held-out tenth, heads and order")
+    args = p.parse_args(argv)
+    for name in ("epochs", "batch_size"):
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("WORLD_SIZE: linear_eval.py runs as one process: start it with python, not torchrun")
+    return args
+
+
+# ---- 2. Data
+def draw_plates(per_class, seed):
+    """Grey pictures of the numbers 000..999 over 0 to 3 discs -> images (N, 1, 32, 32) uint8, N =
+    1000 * per_class, and labels: number (N,), digits (N, 3), count of discs (N,), size bin (N,)."""
+    font, glyphs = ImageFont.load_default(size=35), []
+    for number in range(1000):
+        canvas = Image.new("L", (64, 64))
+        ImageDraw.Draw(canvas).text((32, 32), f"{number:03}", fill=255, font=font, anchor="mm")
+        glyphs.append(TF.pil_to_tensor(canvas) / 255)
+    glyphs, numbers = torch.stack(glyphs), torch.arange(1000).repeat_interleave(per_class)
+    N, rng = len(numbers), torch.Generator().manual_seed(seed)
+
+    def draw(low, high, *shape):
+        return low + (high - low) * torch.rand(N, *shape, generator=rng)
+
+    height, angle = draw(32, 38), draw(-8, 8).deg2rad()  # on a canvas of 64 pixels, halved below
+    shift = torch.stack([draw(-2, 2), draw(-3, 3)], dim=1) / 32
+    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(N, 2, 2)
+    turn = turn * (35 / height).view(N, 1, 1)
+    affine = torch.cat([turn, -turn @ shift[:, :, None]], dim=2)  # (N, 2, 3) picture -> glyph
+    count, centre = torch.randint(4, (N,), generator=rng), draw(0, 32, 2, 3, 1, 1)
+    radius, shade = draw(2.5, 6, 3, 1, 1), draw(0.12, 0.35, 3, 1, 1)
+    shade = shade * (torch.arange(3) < count[:, None]).view(N, 3, 1, 1)
+    light, dark, swap = draw(0.65, 1, 1, 1, 1), draw(0, 0.35, 1, 1, 1), draw(0, 1, 1, 1, 1) < 0.5
+    ink, ground = torch.where(swap, dark, light), torch.where(swap, light, dark)
+    pixel, images = torch.arange(32) + 0.5, []
+    for part in torch.arange(N).split(1000):  # bounds memory
+        distance = torch.hypot(pixel - centre[part, 0], pixel[:, None] - centre[part, 1])
+        discs = ((radius[part] - distance + 0.5).clamp(0, 1) * shade[part]).amax(1, keepdim=True)
+        grid = F.affine_grid(affine[part], discs.shape, align_corners=False)
+        number = F.grid_sample(glyphs[numbers[part]], grid, align_corners=False)
+        mixed = ground[part].lerp(ink[part], torch.maximum(number, discs))  # (1000, 1, 32, 32)
+        images.append((255 * mixed).round().byte())
+    digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], dim=1)
+    labels = dict(number=numbers, digits=digits, count=count, size=(height - 32).long() // 2)
+    return torch.cat(images), labels
+
+
+def open_data(data, split):
+    """-> images: uint8 (N, C, H, W), or N paths; labels: dict of N each, the class first."""
+    train, root = split == "train", Path(data)
+    if data == "plates":
+        return draw_plates(50 if train else 10, seed=0 if train else 1)
+    try:
+        if data in ("cifar10", "cifar100"):
+            source = (CIFAR10 if data == "cifar10" else CIFAR100)("data", train, download=True)
+            images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
+            return images, {"class": torch.tensor(source.targets)}
+        if (root / f"{split}2018.json").is_file():  # iNaturalist 2018
+            listing = json.loads((root / f"{split}2018.json").read_text())
+            label = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
+            samples = [(root / item["file_name"], label[item["id"]]) for item in listing["images"]]
+        else:
+            samples = ImageFolder(root / split).samples
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        need = "a download or ./data" if "cifar" in data else f"{root / split}/CLASS/IMAGE"
+        fail(f"--data {data}: needs {need} ({type(error).__name__}: {str(error).splitlines()[0]})")
+    paths, labels = zip(*samples)
+    return list(map(str, paths)), {"class": torch.tensor(labels)}
+
+
+def read_image(path):
+    """A file of any mode and orientation -> (3, H, W) uint8."""
+    with Image.open(path) as image:
+        return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+def normalise(image, standardise):
+    """(B, 3, H, W) in [0, 1] -> the network's input, by each image's own numbers or ImageNet's."""
+    if standardise:
+        deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
+        return (image - mean) / (deviation + 1e-3)
+    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+class PlainImages(Dataset):
+    """Whole images, unaugmented: (3, size, size) uint8, or a message if a file is unreadable. Files
+    are resized to 8/7 of size (256 for 224) and cropped to the centre."""
+
+    def __init__(self, images, size):
+        self.images, self.size = images, size
+        self.shape = v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        try:
+            return self.shape(read_image(self.images[index]))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            return f"{self.images[index]}: unreadable image ({error}): mend or remove it"
+
+    def collate(self, items):
+        return next((x for x in items if isinstance(x, str)), None) or torch.stack(items)
+
+
+def clevr_count(scene):
+    """Class 0..7 of a CLEVR scene with 3 to 10 objects. VTAB count_all."""
+    count = len(scene["objects"])
+    if not 3 <= count <= 10:
+        raise ValueError(f"{count} objects: a CLEVR scene has 3 to 10")
+    return count - 3
+
+
+def clevr_dist(scene):
+    """Class 0..5 of the depth of the closest object: the third pixel coordinate, as float32, in
+    (0, 8], (8, 8.5], (8.5, 9], (9, 9.5], (9.5, 10], (10, 100]. VTAB closest_object_distance."""
+    depth = min(torch.tensor(item["pixel_coords"][2]).item() for item in scene["objects"])
+    if not 0 < depth <= 100:
+        raise ValueError(f"closest depth {depth} is not in (0, 100]")
+    return sum(depth > edge for edge in (8, 8.5, 9, 9.5, 10))
+
+
+def kitti_dist(label_lines):
+    """Class 0..3 of the nearest car, van or truck: z in metres <= 8, <= 20, beyond, none. VTAB
+    closest_vehicle_distance: a vehicle beside or behind the camera is class 0."""
+    rows = [line.split() for line in label_lines if line.strip()]
+    z = min((float(row[13]) for row in rows if row[0] in ("Car", "Van", "Truck")), default=1000.0)
+    if z <= -100:
+        raise ValueError(f"vehicle at z {z}: not above -100 metres")
+    return sum(z > edge for edge in (8, 20, 999))
+
+
+def open_task(data, target):
+    """-> (images, labels (N, T), classes) of train and of test, and the task's name."""
+    if data not in IN_MEMORY:
+        root = Path(data)
+        names = [sorted(p.name for p in (root / s).glob("*/")) for s in ("train", "val")]
+        if names[0] != names[1] and all(names):
+            odd = sorted(set(names[0]) ^ set(names[1]))[0]
+            fail(f"--data {data}: class {odd} is not in both train and val: make them agree")
+    splits = []
+    for split in ("train", "val"):
+        images, labels = open_data(data, split)
+        chosen = target or ("digits" if "digits" in labels else "class")
+        if chosen not in labels:
+            fail(f"--target {target}: {data} has {', '.join(labels)}")
+        splits.append((images, labels[chosen].reshape(len(images), -1)))
+    classes = int(max(labels.max() for _, labels in splits)) + 1
+    return *splits, classes, f"{data} {chosen}"
+
+
+# ---- 3. Encoder
+class Block(nn.Module):
+    """Transformer block, pre-norm, with timm's parameter names: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+
+    def forward(self, x):
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of (B, D, ...) by the batch of all processes, on CPUs too, unlike SyncBatchNorm."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        x = x.to(self.weight)  # statistics of bfloat16 would be too coarse
+        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
+        mean = all_reduce_mean(x.mean(dims))
+        centred = x - mean.view(shape)
+        variance = all_reduce_mean(centred.square().mean(dims))
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(shape) + self.bias.view(shape)
+
+
+class VisionTransformer(nn.Module):
+    """ViT with timm's parameter names, without a classifier. images (B, 3, H, W), keep: indices of
+    the patches to use, None: all -> representations (B, D), the cls token after the final norm.
+
+    stem: channels of 3x3 convolutions with BatchNorm and ReLU, of which log2(patch_size), evenly
+    spread, have stride 2, then a 1x1 to dim; none: one convolution cuts the patches, as in ViT."""
+
+    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, stem=()):
+        super().__init__()
+        self.grid, layers, before = image_size // patch_size, [], 3
+        halvings = patch_size.bit_length() - 1
+        for i, channels in enumerate(stem):
+            stride = 1 + (i * halvings // len(stem) > (i - 1) * halvings // len(stem))
+            conv = nn.Conv2d(before, channels, 3, stride, padding=1, bias=False)
+            layers, before = layers + [conv, BatchNorm(channels), nn.ReLU()], channels
+        layers.append(nn.Conv2d(before, dim, *[1 if stem else patch_size] * 2))
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Sequential(*layers) if stem else layers[0]))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, dim))
+        self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, 1e-6)
+        for tensor in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(tensor, std=0.02)
+        self.apply(initialise)
+
+    def forward(self, images, keep=None):
+        x = self.patch_embed["proj"](images)  # (B, D, g, g)
+        cls, patches = self.pos_embed.split([1, self.grid**2], dim=1)
+        if x.shape[-1] != self.grid:  # focal views; by scale factor, as the official code
+            patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
+            patches = F.interpolate(patches, scale_factor=x.shape[-1] / self.grid, mode="bicubic")
+            patches = patches.flatten(2).transpose(1, 2)
+        x = x.flatten(2).transpose(1, 2) + patches  # (B, N, D), N = g * g
+        x = x if keep is None else x[:, keep]
+        x = torch.cat([(self.cls_token + cls).expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+        return self.norm(self.blocks(x)[:, 0])
+
+
+def initialise(module):
+    """The official initial weights: linear truncated normal 0.02, convolution Kaiming, bias 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+        else:
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class AllReduceMean(torch.autograd.Function):
+    """Mean over processes. Backward: the mean of the processes' gradients, since the result is in
+    the loss of each; DDP's mean over processes then makes it the full batch's gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x / world_size()
+        if dist.is_initialized():
+            dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return AllReduceMean.apply(gradient)
+
+
+all_reduce_mean = AllReduceMean.apply
+
+
+def load_encoder(path):
+    """The encoder of a checkpoint of ours, frozen, in evaluation mode, with the run's .options."""
+    if not Path(path).is_file():
+        fail(f"{path}: no such file; give a run's checkpoint.pt")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        encoder = new_encoder(state["options"])
+        encoder.load_state_dict(state["encoder"])
+    except Exception as error:  # torch raises many kinds for damaged files
+        fail(f"{path}: damaged or foreign checkpoint ({type(error).__name__}): give another")
+    encoder.step = state["step"]
+    return encoder
+
+
+def new_encoder(options):
+    """The encoder of a run at its first step, by the run's seed."""
+    torch.manual_seed(options["seed"])
+    sizes = "image_size patch_size dim depth heads stem".split()
+    encoder = VisionTransformer(**{name: options[name] for name in sizes})
+    encoder.options = options
+    return encoder.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def encode(encoder, images, workers=0):
+    """Features of N images, whole -> dict of (N, D): `cls`, after the final norm; `cls4`, those of
+    the last four blocks, each after the final norm; `patches`, the mean of the patch tokens."""
+    options, device = encoder.options, encoder.pos_embed.device
+    size, outputs, parts = options["image_size"], [], []
+    hooks = [b.register_forward_hook(lambda *x: outputs.append(x[2])) for b in encoder.blocks[-4:]]
+    if torch.is_tensor(images):
+        loader = (TF.resize(x.expand(-1, 3, -1, -1), [size, size]) for x in images.split(250))
+    else:
+        source = PlainImages(images, size)
+        loader = DataLoader(source, 250, num_workers=workers, collate_fn=source.collate)
+    for batch in tqdm(loader, total=-(-len(images) // 250), desc="features", leave=False):
+        if isinstance(batch, str):
+            fail(batch)
+        outputs.clear()
+        encoder(normalise(batch.to(device).float() / 255, options["standardise"]))
+        tokens = [encoder.norm(x) for x in outputs]  # (B, 1 + N, D) each
+        cls4 = torch.cat([x[:, 0] for x in tokens], dim=1)
+        parts.append((tokens[-1][:, 0], cls4, tokens[-1][:, 1:].mean(dim=1)))
+    for hook in hooks:
+        hook.remove()
+    return dict(zip(("cls", "cls4", "patches"), map(torch.cat, zip(*parts))))
+
+
+# ---- 4. Heads
+class Heads(nn.Module):
+    """L linear classifiers on one feature, alike but for the learning rates they are trained with.
+    x (B, D) -> logits (L, B, T, C). batch_norm: BatchNorm with scale and shift first, as VISSL."""
+
+    def __init__(self, dim, targets, classes, rates, batch_norm):
+        super().__init__()
+        self.shape, self.rates = (targets, classes), rates
+        self.norm = nn.BatchNorm1d(dim, affine=False) if batch_norm else nn.Identity()
+        self.scales = nn.ParameterList(torch.ones(dim) for _ in rates) if batch_norm else None
+        self.linears = nn.ModuleList(nn.Linear(dim, targets * classes) for _ in rates)
+
+    def forward(self, x):
+        # BatchNorm's shift is the linear layer's bias: it adds nothing, and is left out.
+        weights = torch.stack([linear.weight for linear in self.linears])  # (L, T * C, D)
+        if self.scales is not None:
+            weights = weights * torch.stack(list(self.scales))[:, None]
+        bias = torch.stack([linear.bias for linear in self.linears])[:, None]
+        logits = self.norm(x) @ weights.transpose(1, 2) + bias
+        return logits.unflatten(2, self.shape)
+
+    def groups(self, batch_size):
+        """SGD's: every head has its rate, scaled with the batch; scales are not decayed."""
+        for i, rate in enumerate(self.rates):
+            lr = rate * batch_size / 256
+            yield dict(params=list(self.linears[i].parameters()), lr=lr, weight_decay=5e-4)
+            if self.scales is not None:
+                yield dict(params=[self.scales[i]], lr=lr, weight_decay=0.0)
+
+
+def accuracy(heads, x, labels):
+    """Percent right of each head and target: (L, T)."""
+    heads.eval()
+    with torch.no_grad():
+        right = [
+            (heads(part).argmax(dim=3) == label).sum(dim=1)
+            for part, label in zip(x.split(2000), labels.split(2000))
+        ]
+    return 100 * torch.stack(right).sum(dim=0) / len(x)
+
+
+def train_heads(features, labels, test_features, test_labels, classes, epochs, batch_size, seed):
+    """Train heads on dicts of features (N, D) and labels (N, T), all at once -> a list of results,
+    best first by accuracy on the held-out tenth: options, held_out, top1, and that of each target."""
+    torch.manual_seed(seed)
+    order, T = torch.randperm(len(labels)), labels.shape[1]
+    kept, held = order[len(order) // 10 :], order[: len(order) // 10]
+    if len(held) == 0:
+        kept = held = order  # fewer than ten images: nothing can be held out
+    banks = {
+        (name, norm): Heads(x.shape[1], T, classes, LEARNING_RATES, norm).to(x.device)
+        for name, x in features.items()
+        for norm in (True, False)
+    }
+    groups = [group for heads in banks.values() for group in heads.groups(batch_size)]
+    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+    milestones = [round(epochs * part / 7) for part in (2, 4, 6)]  # 8, 16, 24 of 28
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    for _ in tqdm(range(epochs), desc="heads", leave=False):
+        for heads in banks.values():
+            heads.train()
+        for index in kept[torch.randperm(len(kept))].split(batch_size):
+            if len(index) == 1 < len(kept):
+                continue  # BatchNorm needs two
+            index, loss = index.to(labels.device), 0.0
+            target = labels[index].expand(len(LEARNING_RATES), -1, -1).flatten()
+            for (name, _), heads in banks.items():
+                logits = heads(features[name][index]).flatten(0, 2)
+                # The sum over heads, so that each learns as it would alone.
+                loss = loss + len(LEARNING_RATES) * F.cross_entropy(logits, target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        schedule.step()
+    results = []
+    for (name, norm), heads in banks.items():
+        held_out = accuracy(heads, features[name][held], labels[held])
+        test = accuracy(heads, test_features[name], test_labels)
+        for i, rate in enumerate(LEARNING_RATES):
+            options = dict(feature=name, batch_norm=norm, lr=rate)
+            scores = dict(held_out=held_out[i].mean().item(), top1=test[i].mean().item())
+            results.append(options | scores | dict(targets=test[i].tolist()))
+    return sorted(results, key=lambda head: -head["held_out"])
+
+
+# ---- 7. Evaluation
+def main(argv=None):
+    args = parse_args(argv)
+    encoder = load_encoder(args.checkpoint)
+    data = args.data or encoder.options["data"]
+    (images, labels), (test_images, test_labels), classes, task = open_task(data, args.target)
+    name = f"linear_eval_{Path(data).name}_{task.split()[-1]}.json"
+    out = Path(args.out) if args.out else Path(args.checkpoint).parent / name
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        partial = out.with_name(out.name + ".partial")
+        partial.touch()
+    except OSError as error:
+        fail(f"--out {out}: not writable ({error}): choose another file")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    results = []
+    for network in (encoder, new_encoder(encoder.options)):
+        network.to(device)
+        features = [encode(network, x, args.workers) for x in (images, test_images)]
+        scores = labels.to(device), features[1], test_labels.to(device), classes
+        training = args.epochs, args.batch_size, args.seed
+        results.append(train_heads(features[0], *scores, *training))
+    (best, *_), (control, *_) = results
+    print(f"{'feature':10}{'BatchNorm':>10}{'lr':>6}{'held out':>10}{'test':>7}")
+    for head in results[0]:
+        scores = f"{head['held_out']:>10.1f}{head['top1']:>7.1f}"
+        print(f"{head['feature']:10}{head['batch_norm']!s:>10}{head['lr']:>6}{scores}")
+    report = dict(task=task, top1=best["top1"], untrained_top1=control["top1"], best=best)
+    report |= dict(heads=results[0], untrained_heads=results[1], checkpoint=args.checkpoint)
+    report |= dict(step=encoder.step, epochs=args.epochs, batch_size=args.batch_size)
+    partial.write_text(json.dumps(report | dict(seed=args.seed), indent=1))
+    os.replace(partial, out)
+    each = " ".join(f"{x:.1f}" for x in best["targets"])
+    each = f" ({each})" if len(best["targets"]) > 1 else ""
+    print(f"{task}: {best['top1']:.1f}{each}, untrained {control['top1']:.1f} -> {out}")
+
+
+if __name__ == "__main__":
+    main()
