@@ -29,6 +29,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # idle threads sleep soon: 5x on a busy machine
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -116,7 +116,10 @@ def joint_step(rank, processes, fault):
     torch.manual_seed(0)
     dtype = torch.float64 if "float64" in fault else torch.float32
     encoder = msn.VisionTransformer(16, 8, 16, 1, 2, stem=[8, 8, 8])
-    model = msn.MSN(encoder, 16, 24, 8, 12).to(dtype)
+    model = msn.MSN(encoder, 16, 24, 8, 12)
+    for weight in encoder.blocks.parameters():  # at the start representations are so alike that
+        weight.data *= 3 if weight.ndim > 1 else 1  # BatchNorm would magnify rounding
+    model = model.to(dtype)
     target = copy.deepcopy(model).requires_grad_(False)
     groups = [torch.rand(V, 8, 3, size, size) for V, size in ((1, 16), (2, 16), (3, 8))]
     share = slice(8 // processes * rank, 8 // processes * (rank + 1))
@@ -165,9 +168,9 @@ def test_processes_compute_what_one_computes(processes, joint_results):
         ("none, float64", 0, 1e-12),
         ("local BatchNorm", 0.1, 10),  # the distance would show what is not joined
         ("local p_bar", 0.1, 10),
-        ("bfloat16", 1e-3, 0.1),  # mixed precision as on GPUs: close, and runs
+        ("bfloat16", 0, 0.1),  # mixed precision, as on GPUs
     ):
-        alone = joint_step(0, 1, "none, float64" if "float64" in fault else "none")
+        alone = joint_step(0, 1, "none" if fault.startswith("local") else fault)
         assert len(alone) == 2 + 2 * 5 * 3  # BatchNorms: three in the stem, two in the projector
         for rank in range(processes):
             joint = torch.load(joint_results / f"{processes} {fault} {rank}")

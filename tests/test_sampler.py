@@ -295,6 +295,7 @@ BAD = {
     "rank negative": (dict(rank=-1, world_size=4), "-1 0..3"),
     "float labels": (dict(labels=np.arange(100) / 10), "float64 integers"),
     "float tensor": (dict(labels=torch.zeros(100)), "float32 integers"),
+    "labels in columns": (dict(labels=np.zeros((100, 2), int)), "integers (100, 2)"),
 }
 
 

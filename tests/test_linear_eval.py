@@ -1,0 +1,226 @@
+"""linear_eval.py: labels, features, heads and their choice, whole evaluations, bad input."""
+
+import copy
+import functools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import linear_eval
+import msn
+
+GOLDEN = Path(__file__).parent / "golden"
+TINY = (
+    "--dim 16 --depth 2 --heads 2 --hidden 16 --output 8 --num-prototypes 16 --stem 8 8 8".split()
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two classes, dark and light, as files of several modes and sizes."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    modes = ("RGB", "L", "RGBA", "P", "CMYK")
+    for i in range(100):
+        split, light = "val" if i % 5 == 4 else "train", i % 2
+        (root / split / f"class{light}").mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(90, size=(30 + i % 7, 40, 3), dtype=np.uint8) + 150 * light
+        mode = modes[i // 2 % 5]
+        suffix = "jpg" if mode == "CMYK" else "png"
+        picture = Image.fromarray(pixels.astype(np.uint8)).convert(mode)
+        picture.save(root / split / f"class{light}/{i}.{suffix}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    options = f"--data {folder} --recipe cifar10 --batch-size 16 --steps 2 --focal-views 0".split()
+    msn.main([*options, *TINY, "--workers", "0", "--out", str(out)])
+    return out / "checkpoint.pt"
+
+
+def test_clevr_labels():
+    golden = json.loads((GOLDEN / "clevr_labels.json").read_text())
+    for scene, expected in zip(golden["scenes"], golden["expected"]):
+        assert linear_eval.clevr_count(scene) == expected["count_label"]
+        assert linear_eval.clevr_dist(scene) == expected["dist_label"]
+    too_far, at_the_camera, two_objects = golden["out_of_range_scenes"]
+    for scene in (too_far, at_the_camera):
+        assert linear_eval.clevr_count(scene) == 0
+        with pytest.raises(ValueError):
+            linear_eval.clevr_dist(scene)
+    assert linear_eval.clevr_dist(two_objects) == 2
+    with pytest.raises(ValueError):
+        linear_eval.clevr_count(two_objects)
+
+
+def test_kitti_labels():
+    golden = json.loads((GOLDEN / "kitti_labels.json").read_text())
+    assert len(golden["expected"]) == len(golden["files"]) == 20
+    for row in golden["expected"]:
+        lines = golden["files"][row["file"]].splitlines()
+        assert linear_eval.kitti_dist(lines) == row["label"], row["note"]
+    behind, far = (golden["out_of_range_files"][f"00090{i}.txt"].splitlines() for i in (0, 1))
+    with pytest.raises(ValueError):
+        linear_eval.kitti_dist(behind)
+    assert linear_eval.kitti_dist(far) == 3
+
+
+def test_encoder_is_frozen_and_features_are_its_own(checkpoint):
+    encoder = linear_eval.load_encoder(checkpoint)
+    before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+    images = torch.randint(256, (300, 3, 32, 32), dtype=torch.uint8)
+    features = linear_eval.encode(encoder, images)
+    assert all(torch.equal(before[name], t) for name, t in encoder.state_dict().items())
+    assert not any(p.requires_grad for p in encoder.parameters()) and not encoder.training
+    x = linear_eval.normalise(images.float() / 255, encoder.options["standardise"])
+    tokens = []
+    for block in encoder.blocks:
+        block.register_forward_hook(lambda module, inputs, output: tokens.append(output))
+    torch.testing.assert_close(features["cls"], encoder(x), atol=1e-5, rtol=0)
+    cls4 = torch.cat([encoder.norm(t)[:, 0] for t in tokens], dim=1)  # the encoder has two blocks
+    torch.testing.assert_close(features["cls4"], cls4, atol=1e-5, rtol=0)
+    patches = encoder.norm(tokens[-1])[:, 1:].mean(dim=1)
+    torch.testing.assert_close(features["patches"], patches, atol=1e-5, rtol=0)
+
+
+def separable(n, classes=4, dim=8, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (n, 1), generator=rng)
+    centres = 3 * torch.eye(classes, dim)
+    return centres[labels[:, 0]] + 0.3 * torch.randn(n, dim, generator=rng), labels
+
+
+def test_heads_learn_what_is_linear_and_only_that():
+    (x, labels), (test, test_labels) = separable(2000), separable(500, seed=1)
+    noise = torch.randn(2000, 8), torch.randn(500, 8)
+    features, test_features = dict(good=x, noise=noise[0]), dict(good=test, noise=noise[1])
+    heads = linear_eval.train_heads(
+        features, labels, test_features, test_labels, 4, epochs=8, batch_size=64, seed=0
+    )
+    assert len(heads) == 2 * 2 * len(linear_eval.LEARNING_RATES)
+    assert heads[0]["feature"] == "good" and heads[0]["top1"] > 99
+    chance = [head["top1"] for head in heads if head["feature"] == "noise"]
+    assert max(chance) < 35
+
+
+@pytest.mark.parametrize("batch_norm", [False, True])
+def test_heads_trained_together_learn_as_alone(batch_norm):
+    torch.manual_seed(0)
+    bank, rates = linear_eval.Heads(8, 3, 4, (0.1, 1.0), batch_norm), (0.1, 1.0)
+    alone = []
+    for linear in bank.linears:
+        norm = torch.nn.BatchNorm1d(8) if batch_norm else torch.nn.Identity()
+        alone.append(torch.nn.Sequential(norm, copy.deepcopy(linear)))
+    velocities = [torch.zeros(12, 8) for _ in rates]
+    sgd = dict(momentum=0.9, nesterov=True, lr=0.1)
+    together = torch.optim.SGD(bank.groups(batch_size=128), **sgd)
+    for _ in range(4):
+        x, labels = torch.randn(32, 8), torch.randint(4, (32, 3))
+        logits = bank(x)
+        loss = sum(F.cross_entropy(one.flatten(0, 1), labels.flatten()) for one in logits)
+        together.zero_grad()
+        loss.backward()
+        together.step()
+        for i, (head, rate) in enumerate(zip(alone, rates)):
+            torch.testing.assert_close(logits[i].flatten(1), head(x), atol=1e-5, rtol=1e-5)
+            own = F.cross_entropy(head(x).reshape(-1, 4), labels.flatten())
+            gradient = torch.autograd.grad(own, head[1].weight)[0] + 5e-4 * head[1].weight
+            with torch.no_grad():  # Nesterov's step on this head's own loss, at half its rate: 128
+                velocities[i] = 0.9 * velocities[i] + gradient
+                weight = head[1].weight - rate / 2 * (gradient + 0.9 * velocities[i])
+                torch.testing.assert_close(bank.linears[i].weight, weight, atol=1e-5, rtol=1e-5)
+                head[1].load_state_dict(bank.linears[i].state_dict())
+                if batch_norm:
+                    head[0].weight.copy_(bank.scales[i])
+
+
+def test_choice_is_by_the_held_out_tenth_not_by_the_test_set():
+    (x, labels), (test, test_labels) = separable(1000), separable(200, seed=1)
+    features = dict(train_only=x, always=x + 1.5 * torch.randn(x.shape))
+    test_features = dict(train_only=torch.randn(test.shape), always=test)  # misleads at test
+    heads = linear_eval.train_heads(
+        features, labels, test_features, test_labels, 4, epochs=5, batch_size=64, seed=0
+    )
+    assert heads[0]["feature"] == "train_only" and heads[0]["top1"] < 45
+    assert max(head["top1"] for head in heads) > 80
+    assert heads == sorted(heads, key=lambda head: -head["held_out"])
+
+
+def test_evaluates_a_folder(checkpoint, folder, tmp_path, capsys):
+    reports = []
+    for name in ("a.json", "b.json"):
+        options = ["--epochs", "5", "--workers", "0", "--out", str(tmp_path / name)]
+        linear_eval.main([str(checkpoint), *options])
+        reports.append(json.loads((tmp_path / name).read_text()))
+    report = reports[0]
+    assert reports[0] == reports[1]
+    assert report["task"] == f"{folder} class" and report["step"] == 2
+    assert report["top1"] == report["heads"][0]["top1"] and report["best"] == report["heads"][0]
+    assert report["top1"] > 90  # light and dark
+    assert report["untrained_top1"] == report["untrained_heads"][0]["top1"]
+    assert len(report["heads"]) == 6 * len(linear_eval.LEARNING_RATES)
+    assert (
+        f"{report['top1']:.1f}, untrained {report['untrained_top1']:.1f}" in capsys.readouterr().out
+    )
+
+
+def test_untrained_is_the_encoder_at_step_0(checkpoint):
+    options = linear_eval.load_encoder(checkpoint).options
+    torch.manual_seed(options["seed"])
+    sizes = "image_size patch_size dim depth heads stem".split()
+    fresh = msn.VisionTransformer(*[options[name] for name in sizes]).state_dict()
+    control = linear_eval.new_encoder(options).state_dict()
+    assert fresh.keys() == control.keys()
+    assert all(torch.equal(fresh[name], control[name]) for name in fresh)
+
+
+def test_plates_targets(monkeypatch):
+    monkeypatch.setattr(linear_eval, "draw_plates", functools.cache(linear_eval.draw_plates))
+    for target, shape in dict(digits=3, number=1, count=1, size=1).items():
+        (images, labels), (test, test_labels), classes, task = linear_eval.open_task(
+            "plates", target
+        )
+        assert (len(images), len(test)) == (50000, 10000) and labels.shape == (50000, shape)
+        assert classes == dict(digits=10, number=1000, count=4, size=3)[target]
+        assert task == f"plates {target}"
+    assert linear_eval.open_task("plates", None)[3] == "plates digits"
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as error:
+        linear_eval.main(list(map(str, argv)))
+    message = capsys.readouterr().err
+    assert error.value.code == 2 and message.count("\n") == 1 and "Traceback" not in message
+    return message
+
+
+def test_bad_input(checkpoint, folder, tmp_path, capsys):
+    (tmp_path / "half.pt").write_bytes(checkpoint.read_bytes()[:1000])
+    torch.save({"model": 1}, tmp_path / "foreign.pt")
+    (tmp_path / "empty").mkdir()
+    assert "no such file" in refused(capsys, tmp_path / "none.pt")
+    assert "half.pt: damaged" in refused(capsys, tmp_path / "half.pt")
+    assert "foreign.pt: damaged or foreign" in refused(capsys, tmp_path / "foreign.pt")
+    assert "missing" in refused(capsys, checkpoint, "--data", tmp_path / "missing")
+    assert "train/CLASS" in refused(capsys, checkpoint, "--data", tmp_path / "empty")
+    message = refused(capsys, checkpoint, "--target", "digits")
+    assert "--target digits" in message and "class" in message
+    assert "not writable" in refused(capsys, checkpoint, "--out", checkpoint / "x.json")
+    assert "--epochs 0" in refused(capsys, checkpoint, "--epochs", 0)
+    assert "unrecognized" in refused(capsys, checkpoint, "--nonsense")
+
+
+def test_bad_folders(checkpoint, folder, tmp_path, capsys):
+    for split, name in (("train", "a"), ("train", "b"), ("val", "a"), ("val", "c")):
+        (tmp_path / split / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40)).save(tmp_path / split / name / "1.png")
+    assert "class b" in refused(capsys, checkpoint, "--data", tmp_path)
+    (tmp_path / "val/c").rename(tmp_path / "val/b")
+    (tmp_path / "train/b/2.png").write_bytes(b"not a picture")
+    assert "2.png: unreadable" in refused(capsys, checkpoint, "--data", tmp_path, "--workers", 0)
