@@ -360,7 +360,9 @@ def encode(encoder, images, workers=0):
     else:
         source = PlainImages(images, size)
         loader = DataLoader(source, 250, num_workers=workers, collate_fn=source.collate)
-    for batch in tqdm(loader, total=-(-len(images) // 250), desc="features", leave=False):
+    for batch in tqdm(
+        loader, total=-(-len(images) // 250), desc="features", leave=False, disable=None
+    ):
         if isinstance(batch, str):
             fail(batch)
         outputs.clear()
@@ -431,7 +433,7 @@ def train_heads(features, labels, test_features, test_labels, classes, epochs, b
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
     milestones = [round(epochs * part / 7) for part in (2, 4, 6)]  # 8, 16, 24 of 28
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
-    for _ in tqdm(range(epochs), desc="heads", leave=False):
+    for _ in tqdm(range(epochs), desc="heads", leave=False, disable=None):
         for heads in banks.values():
             heads.train()
         for index in kept[torch.randperm(len(kept))].split(batch_size):

@@ -596,7 +596,7 @@ def train(args):
         parts[name].load_state_dict(state[name])
     model = DistributedDataParallel(msn)
 
-    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank > 0, unit="step")
+    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank > 0 or None)
     if rank == 0 and start < stop:
         print(json.dumps(options), flush=True)
         lines = log.read_bytes().splitlines(keepends=True)[:logged]
@@ -605,6 +605,7 @@ def train(args):
     handler = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
     for step, crops in zip(range(start, stop), loader):
         if isinstance(crops, str):
+            bar.close()
             fail(crops, everywhere=True)
         inputs, B = [], crops[0].shape[1]
         torch.manual_seed(hash((args.seed, step, 1)))
@@ -635,6 +636,7 @@ def train(args):
         recent = list(all_reduce_mean(torch.stack(recent)).cpu())
         for number, values in enumerate(recent, now - len(recent) + 1):
             if not values.isfinite().all():
+                bar.close()
                 fail(f"the loss is not finite at step {number}: lower --lr {args.lr}")
         logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
         if rank == 0 and logs:

@@ -384,6 +384,16 @@ def test_an_out_that_is_a_file_is_refused(tmp_path, capfd):
     assert out.read_text() == "mine"
 
 
+class Trap:
+    """An object whose loading makes a folder."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def test_foreign_checkpoints_are_refused_and_kept(tmp_path, capfd):
     state, _ = run(tmp_path, "--steps", 2)
     path = tmp_path / "checkpoint.pt"
@@ -407,8 +417,9 @@ def test_foreign_checkpoints_are_refused_and_kept(tmp_path, capfd):
     refuse((), path, "damaged", "--out")
     torch.save([1, 2, 3], path)
     refuse((), path, "damaged", "--out")
-    torch.save(functools.partial(print, "run"), path)  # code, not weights
+    torch.save(Trap(tmp_path / "sprung"), path)
     refuse((), path, "damaged", "--out")
+    assert not (tmp_path / "sprung").exists()  # what a file holds is never run
     torch.save(state | {"options": state["options"] | {"script": "simclr"}}, path)
     refuse((), "simclr", path, "--out")
     path.write_bytes(whole)

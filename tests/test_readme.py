@@ -1,0 +1,104 @@
+"""README: every command in it runs, every file it names exists, no placeholder is left."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import linear_eval
+import msn
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+LINES = [s for block in re.findall(r"```bash\n(.*?)```", README, re.S) for s in block.splitlines()]
+TABLE = re.findall(r"^\| `(python [^`]*)`", README, re.M)
+COMMANDS = sorted({line for line in LINES + TABLE if "msn.py" in line})
+SHORT = "--steps 2 --dim 16 --depth 1 --heads 2 --hidden 16 --output 8 --num-prototypes 16".split()
+
+
+@pytest.fixture(scope="module")
+def imagenet(tmp_path_factory):
+    """A stand-in: as many classes as the commands ask for, two pictures each."""
+    root = tmp_path_factory.mktemp("imagenet")
+    picture = np.random.default_rng(0).integers(256, size=(40, 50, 3), dtype=np.uint8)
+    for i in range(1000):
+        (root / f"train/n{i:04}").mkdir(parents=True)
+        for name in ("a", "b"):
+            Image.fromarray(np.roll(picture, i)).save(root / f"train/n{i:04}/{name}.JPEG")
+    return root
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 6 and any(line.startswith("torchrun") for line in COMMANDS)
+    assert any(line.startswith("python linear_eval.py") for line in LINES)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_training_commands(command, imagenet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = shlex.split(command)
+    options = words[words.index("msn.py") + 1 :]
+    assert "--steps" not in options
+    if "IMAGENET" in options:  # the recipe's sizes are for GPUs: two images of each view suffice
+        options[options.index("IMAGENET")] = str(imagenet)
+        options += "--image-size 32 --focal-size 16 --focal-views 1 --workers 0".split()
+    if "cifar10" in options:  # nothing can be downloaded here: the data are drawn
+        monkeypatch.setattr(msn, "CIFAR10", Cifar)
+    if "--help" in options:
+        with pytest.raises(SystemExit, match="0"):
+            msn.main(options)
+        return
+    msn.main([*options, *SHORT])
+    out = Path(options[options.index("--out") + 1] if "--out" in options else "runs/msn")
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 2
+    assert (out / "log.jsonl").read_text().count("\n") == 1
+
+
+class Cifar:
+    data, targets = np.zeros((256, 32, 32, 3), np.uint8), list(range(10)) * 25 + [0] * 6
+
+    def __init__(self, root, train, download):
+        pass
+
+
+def test_evaluation_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    msn.main([*SHORT, "--stem", "8", "8", "8", "--batch-size", "16"])
+    images, labels = msn.draw_plates(1, seed=0)
+    monkeypatch.setattr(linear_eval, "draw_plates", lambda per_class, seed: (images, labels))
+    lines = [line for line in LINES if line.startswith("python linear_eval.py")]
+    assert len(lines) >= 2
+    for line in lines:
+        linear_eval.main([*shlex.split(line)[2:], "--epochs", "1"])
+    assert {p.name for p in Path("runs/msn").glob("*.json")} == {
+        "linear_eval_plates_digits.json",
+        "linear_eval_plates_count.json",
+    }
+
+
+def test_install_and_test_commands_are_those_of_ci():
+    script = (ROOT / ".ci/run").read_text()
+    install = next(line for line in LINES if "[test]" in line)
+    assert install in script and "pytest" in LINES and re.search(r"^pytest$", script, re.M)
+    dependencies = next(line for line in LINES if line.startswith("pip install torch")).split()[2:]
+    stated = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.M)
+    assert dependencies == [re.match(r"\w+", d)[0] for d in re.findall(r'"([^"]+)"', stated[1])]
+
+
+def test_no_placeholder_no_dead_link_and_short():
+    assert "PLACEHOLDER" not in README and README.count("\n") <= 200
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / path).is_file(), path
+    for name in re.findall(r"`([\w/]+\.py)`", README):
+        assert (ROOT / name).is_file(), name
+
+
+def test_options_in_readme_exist():
+    source = (ROOT / "msn.py").read_text() + (ROOT / "linear_eval.py").read_text()
+    known = {f"--{name.replace('_', '-')}" for name in msn.PAPER}
+    known |= set(re.findall(r'"(--[\w-]+)"', source)) | {"--help", "--nproc_per_node", "--from"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
