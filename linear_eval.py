@@ -9,7 +9,7 @@
     python linear_eval.py runs/msn/checkpoint.pt --target count       of plates: discs, not digits
 
 Features of whole, unaugmented images are computed once. On them several heads are trained at once,
-each with its own feature, normalisation and learning rate, by VISSL's recipe: SGD with Nesterov
+each with its own feature and learning rate, by VISSL's recipe: BatchNorm and Linear, SGD, Nesterov
 momentum 0.9, weight decay 5e-4, 28 epochs, learning rate 0.01 for a batch of 256, scaled with the
 batch, divided by 10 at epochs 8, 16 and 24; larger rates besides, since small features need them.
 The best head is chosen on a tenth of the training set that no head saw; the test set is used once.
@@ -377,32 +377,31 @@ def encode(encoder, images, workers=0):
 
 # ---- 4. Heads
 class Heads(nn.Module):
-    """L linear classifiers on one feature, alike but for the learning rates they are trained with.
-    x (B, D) -> logits (L, B, T, C). batch_norm: BatchNorm with scale and shift first, as VISSL."""
+    """L linear classifiers behind BatchNorm, alike but for the learning rates they are trained
+    with. x (B, D) -> logits (L, B, T, C). BatchNorm's shift is left to the bias of the Linear."""
 
-    def __init__(self, dim, targets, classes, rates, batch_norm):
+    def __init__(self, dim, targets, classes, rates):
         super().__init__()
-        self.shape, self.rates = (targets, classes), rates
-        self.norm = nn.BatchNorm1d(dim, affine=False) if batch_norm else nn.Identity()
-        self.scales = nn.ParameterList(torch.ones(dim) for _ in rates) if batch_norm else None
+        self.shape, self.rates, self.norm = (
+            (targets, classes),
+            rates,
+            nn.BatchNorm1d(dim, affine=False),
+        )
+        self.scales = nn.ParameterList(torch.ones(dim) for _ in rates)
         self.linears = nn.ModuleList(nn.Linear(dim, targets * classes) for _ in rates)
 
     def forward(self, x):
-        # BatchNorm's shift is the linear layer's bias: it adds nothing, and is left out.
         weights = torch.stack([linear.weight for linear in self.linears])  # (L, T * C, D)
-        if self.scales is not None:
-            weights = weights * torch.stack(list(self.scales))[:, None]
+        weights = weights * torch.stack(list(self.scales))[:, None]
         bias = torch.stack([linear.bias for linear in self.linears])[:, None]
-        logits = self.norm(x) @ weights.transpose(1, 2) + bias
-        return logits.unflatten(2, self.shape)
+        return (self.norm(x) @ weights.transpose(1, 2) + bias).unflatten(2, self.shape)
 
     def groups(self, batch_size):
         """SGD's: every head has its rate, scaled with the batch; scales are not decayed."""
-        for i, rate in enumerate(self.rates):
+        for rate, scale, linear in zip(self.rates, self.scales, self.linears):
             lr = rate * batch_size / 256
-            yield dict(params=list(self.linears[i].parameters()), lr=lr, weight_decay=5e-4)
-            if self.scales is not None:
-                yield dict(params=[self.scales[i]], lr=lr, weight_decay=0.0)
+            yield dict(params=[scale], lr=lr, weight_decay=0.0)
+            yield dict(params=list(linear.parameters()), lr=lr, weight_decay=5e-4)
 
 
 def accuracy(heads, x, labels):
@@ -425,9 +424,8 @@ def train_heads(features, labels, test_features, test_labels, classes, epochs, b
     if len(held) == 0:
         kept = held = order  # fewer than ten images: nothing can be held out
     banks = {
-        (name, norm): Heads(x.shape[1], T, classes, LEARNING_RATES, norm).to(x.device)
+        name: Heads(x.shape[1], T, classes, LEARNING_RATES).to(x.device)
         for name, x in features.items()
-        for norm in (True, False)
     }
     groups = [group for heads in banks.values() for group in heads.groups(batch_size)]
     optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
@@ -441,7 +439,7 @@ def train_heads(features, labels, test_features, test_labels, classes, epochs, b
                 continue  # BatchNorm needs two
             index, loss = index.to(labels.device), 0.0
             target = labels[index].expand(len(LEARNING_RATES), -1, -1).flatten()
-            for (name, _), heads in banks.items():
+            for name, heads in banks.items():
                 logits = heads(features[name][index]).flatten(0, 2)
                 # The sum over heads, so that each learns as it would alone.
                 loss = loss + len(LEARNING_RATES) * F.cross_entropy(logits, target)
@@ -450,11 +448,11 @@ def train_heads(features, labels, test_features, test_labels, classes, epochs, b
             optimizer.step()
         schedule.step()
     results = []
-    for (name, norm), heads in banks.items():
+    for name, heads in banks.items():
         held_out = accuracy(heads, features[name][held], labels[held])
         test = accuracy(heads, test_features[name], test_labels)
         for i, rate in enumerate(LEARNING_RATES):
-            options = dict(feature=name, batch_norm=norm, lr=rate)
+            options = dict(feature=name, lr=rate)
             scores = dict(held_out=held_out[i].mean().item(), top1=test[i].mean().item())
             results.append(options | scores | dict(targets=test[i].tolist()))
     return sorted(results, key=lambda head: -head["held_out"])
@@ -483,10 +481,10 @@ def main(argv=None):
         training = args.epochs, args.batch_size, args.seed
         results.append(train_heads(features[0], *scores, *training))
     (best, *_), (control, *_) = results
-    print(f"{'feature':10}{'BatchNorm':>10}{'lr':>6}{'held out':>10}{'test':>7}")
+    print(f"{'feature':10}{'lr':>6}{'held out':>10}{'test':>7}")
     for head in results[0]:
         scores = f"{head['held_out']:>10.1f}{head['top1']:>7.1f}"
-        print(f"{head['feature']:10}{head['batch_norm']!s:>10}{head['lr']:>6}{scores}")
+        print(f"{head['feature']:10}{head['lr']:>6}{scores}")
     report = dict(task=task, top1=best["top1"], untrained_top1=control["top1"], best=best)
     report |= dict(heads=results[0], untrained_heads=results[1], checkpoint=args.checkpoint)
     report |= dict(step=encoder.step, epochs=args.epochs, batch_size=args.batch_size)

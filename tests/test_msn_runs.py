@@ -35,8 +35,11 @@ plates = functools.cache(msn.draw_plates)  # drawn once for all runs of this pro
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.setattr(msn, "draw_plates", plates)
-    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes started: small networks gain nothing
+    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     signal.signal(signal.SIGTERM, handler)  # a run that failed left its own, and its group
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -157,7 +160,9 @@ def joint_steps(rank, folder):
 @pytest.fixture(scope="module")
 def joint_results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
-    mp.spawn(joint_steps, (str(folder),), nprocs=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        mp.spawn(joint_steps, (str(folder),), nprocs=4)
     return folder
 
 
