@@ -62,9 +62,9 @@ def parse_args(argv=None):
     )
     p.add_argument("--seed", type=int, default=0, help="of the held-out tenth, heads and order")
     args = p.parse_args(argv)
-    for name in ("epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least 1")
+    for name, least in dict(epochs=1, batch_size=2, workers=0, seed=0).items():
+        if getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("WORLD_SIZE: linear_eval.py runs as one process: start it with python, not torchrun")
     return args
