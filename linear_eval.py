@@ -134,7 +134,9 @@ def open_data(data, split):
 def read_image(path):
     """A file of any mode and orientation -> (3, H, W) uint8."""
     with Image.open(path) as image:
-        return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+        upright = upright.convert("RGBA") if "transparency" in image.info else upright
+        return TF.pil_to_tensor(upright.convert("RGB"))
 
 
 def normalise(image, standardise):
@@ -281,9 +283,9 @@ class VisionTransformer(nn.Module):
     def forward(self, images, keep=None):
         x = self.patch_embed["proj"](images)  # (B, D, g, g)
         cls, patches = self.pos_embed.split([1, self.grid**2], dim=1)
-        if x.shape[-1] != self.grid:  # focal views; by scale factor, as the official code
+        if x.shape[-1] != self.grid:  # focal views
             patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-            patches = F.interpolate(patches, scale_factor=x.shape[-1] / self.grid, mode="bicubic")
+            patches = F.interpolate(patches, size=x.shape[2:], mode="bicubic")
             patches = patches.flatten(2).transpose(1, 2)
         x = x.flatten(2).transpose(1, 2) + patches  # (B, N, D), N = g * g
         x = x if keep is None else x[:, keep]

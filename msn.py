@@ -117,17 +117,23 @@ def parse_args(argv=None):
         if args.batch_size is None and os.environ.get("RANK", "0") == "0":
             print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
     vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
-    may_be_0 = (
-        "seed workers long_tail sinkhorn standardise me_max_weight focal_views patch_drop flip"
-    )
-    may_be_0 += " grey blur invert noise warmup start_lr final_lr ema"
+    shares = "patch_drop flip grey blur invert ema rand_crop focal_crop".split()
+    may_be_0 = "seed workers long_tail sinkhorn standardise me_max_weight focal_views noise jitter"
+    may_be_0 = f"{may_be_0} warmup start_lr final_lr weight_decay".split() + shares
     for name, value in vars(args).items():
-        ok = not isinstance(value, (int, float)) or 0 < value < math.inf
-        if not ok and not (value == 0 and name in may_be_0.split()):
-            fail(f"--{name.replace('_', '-')} {value}: give a positive number")
+        for x in value if isinstance(value, list) else [value]:
+            limit = 1 if name in shares else sys.float_info.max
+            number = isinstance(x, (int, float))
+            if number and not (0 < x <= limit or x == 0 and name in may_be_0):
+                kind = "number from 0 to 1" if name in shares else "positive number"
+                fail(f"--{name.replace('_', '-')} {x}: give a {kind}")
+    if args.batch_size < 2:
+        fail(f"--batch-size {args.batch_size}: BatchNorm needs at least 2")
     sizes = f"--image-size {args.image_size}, --focal-size {args.focal_size}"
     if args.image_size % args.patch_size or args.focal_views and args.focal_size % args.patch_size:
         fail(f"--patch-size {args.patch_size} does not divide {sizes}: choose multiples of it")
+    if args.stem and 2 ** min(args.patch_size.bit_length() - 1, len(args.stem)) != args.patch_size:
+        fail(f"--stem {args.stem}: cannot halve down to --patch-size {args.patch_size}: add layers")
     if args.dim % args.heads:
         fail(f"--heads {args.heads} does not divide --dim {args.dim}: choose a divisor")
     return args
@@ -245,7 +251,9 @@ class CroppedViews(Dataset):
 def read_image(path):
     """A file of any mode and orientation -> (3, H, W) uint8."""
     with Image.open(path) as image:
-        return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        upright = ImageOps.exif_transpose(image)
+        upright = upright.convert("RGBA") if "transparency" in image.info else upright
+        return TF.pil_to_tensor(upright.convert("RGB"))
 
 
 def adjust(image, kind, amount):
@@ -288,7 +296,8 @@ def photometry(views, u, order, jitter, grey, blur, blur_sigma, invert):
     if blur:
         sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * u[:, 7]
         sigma = torch.where(u[:, 6] < blur, sigma, 1e-3)  # so narrow that nothing changes
-        image = gaussian_blur(image, sigma, radius=math.ceil(3 * blur_sigma[1]))
+        radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
+        image = gaussian_blur(image, sigma, radius)
     return torch.where((u[:, 8] < invert).view(-1, 1, 1, 1), 1 - image, image)
 
 
@@ -369,9 +378,9 @@ class VisionTransformer(nn.Module):
     def forward(self, images, keep=None):
         x = self.patch_embed["proj"](images)  # (B, D, g, g)
         cls, patches = self.pos_embed.split([1, self.grid**2], dim=1)
-        if x.shape[-1] != self.grid:  # focal views; by scale factor, as the official code
+        if x.shape[-1] != self.grid:  # focal views
             patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-            patches = F.interpolate(patches, scale_factor=x.shape[-1] / self.grid, mode="bicubic")
+            patches = F.interpolate(patches, size=x.shape[2:], mode="bicubic")
             patches = patches.flatten(2).transpose(1, 2)
         x = x.flatten(2).transpose(1, 2) + patches  # (B, N, D), N = g * g
         x = x if keep is None else x[:, keep]
@@ -633,7 +642,7 @@ def train(args):
             save_image(torch.cat(rows), out / "views.png", nrow=8, normalize=True, scale_each=True)
         if not last and now % args.log_every and now % args.save_every:
             continue
-        recent = list(all_reduce_mean(torch.stack(recent)).cpu())
+        recent = list(all_reduce_mean(torch.stack([x.to(device) for x in recent])).cpu())
         for number, values in enumerate(recent, now - len(recent) + 1):
             if not values.isfinite().all():
                 bar.close()

@@ -18,6 +18,15 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 ROUNDING = "attn.qkv.bias", "encoder.norm.bias", "projector.0.bias", "projector.3.bias"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors gain nothing from more, and lose much beside other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def tensors(golden, dtype, *names):
     return [torch.from_numpy(golden[name]).to(dtype) for name in names]
 

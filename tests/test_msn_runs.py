@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import io
 import json
 import os
 import random
@@ -227,7 +228,7 @@ def test_a_run_killed_then_terminated_ends_as_if_nothing_had_happened(tmp_path, 
         before = steps[-1] if steps else 0
         while process.poll() is None and saved_step(out) <= before:
             time.sleep(0.02)
-        time.sleep(random.random())
+        time.sleep(random.random() / 2)
         process.send_signal(kind)
         _, errors = process.communicate(timeout=100)
         assert process.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 0), errors
@@ -303,10 +304,18 @@ WRONG = {  # options -> what the message names
     "--lr -1": ("--lr -1", "give"),
     "--lr nan": ("--lr nan", "give"),
     "--steps 0": ("--steps 0", "give"),
+    "--batch-size 1": ("--batch-size 1", "at least 2"),
+    "--patch-drop 1.5": ("--patch-drop 1.5", "from 0 to 1"),
+    "--rand-crop -1 0.5": ("--rand-crop -1", "give"),
+    "--jitter nan 0 0 0": ("--jitter nan", "give"),
+    "--stem 8": ("--stem [8]", "--patch-size 8", "add"),
     "--bogus 3": ("--bogus",),
     "--dim wide": ("--dim", "wide"),
     "--recipe best": ("--recipe", "best", "choose"),
-    "--data /nowhere/at/all": ("--data /nowhere/at/all", "needs /nowhere/at/all/train/CLASS/IMAGE"),
+    "--data /nowhere/at/all --recipe plates": (
+        "--data /nowhere/at/all",
+        "needs /nowhere/at/all/train/CLASS/IMAGE",
+    ),
 }
 
 
@@ -358,7 +367,9 @@ def test_folders_without_pictures_are_refused(kind, tmp_path, capfd):
     if kind == "no classes":
         Image.new("RGB", (8, 8)).save(data / "train/picture.png")
     words = f"--data {data}", f"needs {data}/train/CLASS/IMAGE"
-    assert assert_refused(capfd, out, ("--data", data), words) <= {str(out / "log.jsonl")}
+    assert assert_refused(capfd, out, ("--data", data, "--recipe", "plates"), words) <= {
+        str(out / "log.jsonl")
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -431,12 +442,24 @@ def test_foreign_checkpoints_are_refused_and_kept(tmp_path, capfd):
     assert run(tmp_path, "--steps", 3)[0]["step"] == 3
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path, capfd):
-    options = "--lr", 1e30, "--save-every", 1, "--steps", 9
+class Terminal(io.StringIO):
+    """What tqdm takes for a terminal."""
+
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stderr", [io.StringIO, Terminal])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(
+    stderr, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "stderr", stderr())
     with pytest.raises(SystemExit) as stopped:
-        run(tmp_path, *options)
+        run(tmp_path, "--lr", 1e30, "--save-every", 1, "--steps", 9)
     assert stopped.value.code == 2
-    assert_complaint(capfd.readouterr().err, ("not finite at step 2", "lower --lr", "1e+30"))
+    errors = sys.stderr.getvalue()
+    assert ("%|" in errors) == (stderr is Terminal)  # a progress bar
+    assert_complaint(errors, ("not finite at step 2", "lower --lr", "1e+30"))
     assert saved_step(tmp_path) == 1
 
 
