@@ -135,6 +135,70 @@ def test_heads_trained_together_learn_as_alone():
                 torch.testing.assert_close(bank.linears[i].weight, weight, atol=1e-5, rtol=1e-5)
                 head[1].load_state_dict(bank.linears[i].state_dict())
                 head[0].weight.copy_(bank.scales[i])
+                head[0].bias.copy_(bank.shifts[i])
+
+
+def test_heads_are_vissl_s(monkeypatch):
+    """Two heads trained at once against each alone, by an explicit loop: affine BatchNorm, which is
+    not decayed, Linear, SGD with Nesterov momentum, rates divided by 10 at 2/7, 4/7, 6/7."""
+    (x, labels), trained = separable(333), []
+    own_accuracy = linear_eval.accuracy
+    monkeypatch.setattr(
+        linear_eval,
+        "accuracy",
+        lambda heads, *rest: trained.append(heads) or own_accuracy(heads, *rest),
+    )
+    rates = (0.05, 0.2)
+    linear_eval.train_heads(dict(x=x), labels, dict(x=x), labels, 4, 7, 128, 5, rates)
+    torch.manual_seed(5)
+    kept = torch.randperm(333)[33:]
+    linears = [torch.nn.Linear(8, 4) for _ in rates]  # the script's draws, in its order
+    heads = [torch.nn.Sequential(torch.nn.BatchNorm1d(8), linear) for linear in linears]
+    velocity = [[torch.zeros_like(p) for p in head.parameters()] for head in heads]
+    for epoch in range(7):
+        for index in kept[torch.randperm(300)].split(128):
+            for head, rate, momenta in zip(heads, rates, velocity):
+                parameters = list(head.parameters())
+                loss = F.cross_entropy(head(x[index]), labels[index, 0])
+                lr = rate * 128 / 256 * 0.1 ** sum(epoch >= m for m in (2, 4, 6))
+                for i, gradient in enumerate(torch.autograd.grad(loss, parameters)):
+                    with torch.no_grad():
+                        gradient = gradient + (i > 1) * 5e-4 * parameters[i]
+                        momenta[i] = 0.9 * momenta[i] + gradient
+                        parameters[i] -= lr * (gradient + 0.9 * momenta[i])
+    bank = trained[0]
+    for i, (norm, linear) in enumerate(heads):
+        pairs = (bank.scales[i], norm.weight), (bank.shifts[i], norm.bias)
+        pairs += (bank.linears[i].weight, linear.weight), (bank.linears[i].bias, linear.bias)
+        for ours, expected in pairs:
+            torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(bank.norm.running_mean, heads[0][0].running_mean)
+
+
+def test_held_out_images_are_not_trained_on():
+    rng = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(300, 400, generator=rng), torch.randint(2, (300, 1), generator=rng)
+    heads = linear_eval.train_heads(dict(x=x), labels, dict(x=x), labels, 2, 14, 32, 0)
+    assert max(head["top1"] for head in heads) > 90  # labels at random, learnt by heart
+    assert max(head["held_out"] for head in heads) < 80
+
+
+def test_heads_follow_from_their_seed_and_report_each_target():
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 8, generator=rng)
+    targets = torch.stack([x[:, 0] > 0, torch.rand(400, generator=rng) > 0.5], dim=1).long()
+    runs = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        runs.append(linear_eval.train_heads(dict(x=x), targets, dict(x=x), targets, 2, 20, 64, 0))
+    assert runs[0] == runs[1]
+    assert runs[0] != linear_eval.train_heads(dict(x=x), targets, dict(x=x), targets, 2, 20, 64, 1)
+    for head in runs[0]:
+        easy, hopeless = head["targets"]
+        assert easy > hopeless and abs(head["top1"] - (easy + hopeless) / 2) < 1e-3
+    easy, hopeless = runs[0][0]["targets"]
+    assert easy > 90 and hopeless < 70
+    assert len({tuple(head["targets"]) for head in runs[0]}) == len(runs[0])
 
 
 def test_choice_is_by_the_held_out_tenth_not_by_the_test_set():
@@ -165,6 +229,58 @@ def test_evaluates_a_folder(checkpoint, folder, tmp_path, capsys):
     assert (
         f"{report['top1']:.1f}, untrained {report['untrained_top1']:.1f}" in capsys.readouterr().out
     )
+
+
+def test_evaluates_the_trained_then_the_untrained_encoder(checkpoint, tmp_path, monkeypatch):
+    state = torch.load(checkpoint, weights_only=True)
+    torch.save(state | dict(step=7), tmp_path / "checkpoint.pt")
+    seen, own_encode = [], linear_eval.encode
+    monkeypatch.setattr(
+        linear_eval,
+        "encode",
+        lambda network, *rest: seen.append(network) or own_encode(network, *rest),
+    )
+    options = "--epochs 1 --batch-size 16 --workers 0".split()
+    linear_eval.main([str(tmp_path / "checkpoint.pt"), *options])
+    trained, fresh = state["encoder"], linear_eval.new_encoder(state["options"]).state_dict()
+    for network, expected in zip(seen, (trained, trained, fresh, fresh), strict=True):
+        assert all(torch.equal(expected[k], v) for k, v in network.state_dict().items())
+    assert not torch.equal(trained["cls_token"], fresh["cls_token"])
+    (report,) = tmp_path.glob("*.json*")  # beside the checkpoint, and no partial file
+    assert report.name.startswith("linear_eval_") and report.name.endswith("_class.json")
+    assert json.loads(report.read_text())["step"] == 7
+
+
+def test_evaluates_plates(tmp_path, capsys):
+    msn.main([*TINY, "--steps", "1", "--out", str(tmp_path)])
+    capsys.readouterr()
+    linear_eval.main([str(tmp_path / "checkpoint.pt"), "--epochs", "1"])
+    report = json.loads((tmp_path / "linear_eval_plates_digits.json").read_text())
+    first, middle, last = (f"{x:.1f}" for x in report["best"]["targets"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"plates digits: {report['top1']:.1f} ({first} {middle} {last}), unt")
+    assert {head["lr"] for head in report["heads"]} == set(linear_eval.LEARNING_RATES)
+    assert len(report["untrained_heads"]) == len(report["heads"])
+
+
+def test_encode_standardises_if_the_run_did(checkpoint):
+    encoder = linear_eval.load_encoder(checkpoint)
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    for standardise in (False, True):
+        encoder.options["standardise"] = standardise
+        x = linear_eval.normalise(images.float() / 255, standardise)
+        torch.testing.assert_close(linear_eval.encode(encoder, images)["cls"], encoder(x))
+    assert not any(block._forward_hooks for block in encoder.blocks)
+
+
+def test_files_are_resized_by_8_7_and_cropped(tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(256, size=(90, 160, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    whole = linear_eval.read_image(tmp_path / "a.png")
+    expected = linear_eval.TF.resize(whole, [64, 113])[:, 4:60, 28:84]  # of 64 x 113 the middle 56
+    shown = linear_eval.PlainImages([tmp_path / "a.png"], 56)[0]
+    assert shown.shape == (3, 56, 56)
+    assert torch.equal(shown, expected)
 
 
 def test_untrained_is_the_encoder_at_step_0(checkpoint):
@@ -211,6 +327,28 @@ def test_bad_input(checkpoint, folder, tmp_path, capsys):
     assert "not writable" in refused(capsys, checkpoint, "--out", checkpoint / "x.json")
     assert "--epochs 0" in refused(capsys, checkpoint, "--epochs", 0)
     assert "unrecognized" in refused(capsys, checkpoint, "--nonsense")
+    assert "it is a folder" in refused(capsys, checkpoint, "--out", tmp_path / "empty")
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("part, name", [("", "step"), ("options", "data"), ("options", "stem")])
+def test_incomplete_checkpoints(checkpoint, tmp_path, capsys, part, name):
+    state = torch.load(checkpoint, weights_only=True)
+    del (state[part] if part else state)[name]
+    torch.save(state, tmp_path / "less.pt")
+    assert "damaged or foreign" in refused(capsys, tmp_path / "less.pt")
+
+
+def test_diverged_encoder(checkpoint, tmp_path, capsys):
+    state = torch.load(checkpoint, weights_only=True)
+    state["encoder"]["cls_token"].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    assert "not finite" in refused(capsys, tmp_path / "nan.pt", "--workers", 0)
+
+
+def test_one_process(checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in refused(capsys, checkpoint)
 
 
 def test_bad_folders(checkpoint, folder, tmp_path, capsys):
@@ -220,4 +358,13 @@ def test_bad_folders(checkpoint, folder, tmp_path, capsys):
     assert "class b" in refused(capsys, checkpoint, "--data", tmp_path)
     (tmp_path / "val/c").rename(tmp_path / "val/b")
     (tmp_path / "train/b/2.png").write_bytes(b"not a picture")
-    assert "2.png: unreadable" in refused(capsys, checkpoint, "--data", tmp_path, "--workers", 0)
+    out = ["--workers", 0, "--out", tmp_path / "report.json"]
+    assert "2.png: unreadable" in refused(capsys, checkpoint, "--data", tmp_path, *out)
+    assert not list(tmp_path.glob("report.json*"))
+    (tmp_path / "train/note.txt").touch()  # not a class
+    (tmp_path / "train/b/2.png").unlink()
+    linear_eval.main([str(checkpoint), "--data", str(tmp_path), *map(str, out)])
+    for split in ("train", "val"):
+        (tmp_path / split / "b/1.png").unlink()
+        (tmp_path / split / "b").rmdir()
+    assert "one training image" in refused(capsys, checkpoint, "--data", tmp_path, *out)
