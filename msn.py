@@ -426,7 +426,8 @@ def msn_loss(
 
 
 class MSN(nn.Module):
-    """Encoder and projector, which anchor and target have alike, and the prototypes."""
+    """Encoder and projector, which anchor and target have alike, and the prototypes, whose gradient
+    DDP averages over processes like any other (the official code sums it)."""
 
     def __init__(self, encoder, dim, hidden, output, num_prototypes):
         super().__init__()
