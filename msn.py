@@ -15,12 +15,13 @@ that prototypes, hence clusters, are of equal size (arXiv 2210.07277; pmsn.py re
     python msn.py                                                    plates, minutes on a laptop
     torchrun --nproc_per_node=8 msn.py --data IMAGENET --k-classes 960    (or 8: imbalanced batches)
 
-Read msn_loss, then MSN and update, then train; sampler.py says what --k-classes does.
+Read msn_loss, then MSN and msn_step, then train; sampler.py says what --k-classes does.
 In shapes: B images a process, V views, N patches, D width, K prototypes.
 """
 
 import argparse
 import copy
+import itertools
 import json
 import math
 import os
@@ -56,9 +57,10 @@ PAPER = dict(
     temperature=0.1, sharpen=0.25, me_max_weight=1.0, sinkhorn=False,
     rand_views=1, focal_views=10, patch_drop=0.3,  # anchors of each size; only rand views lose
     rand_crop=[0.3, 1.0], focal_crop=[0.05, 0.3],  # fraction of the image's area
-    flip=0.5, grey=0.2, blur=0.5, invert=0.0,  # probabilities
+    flip=0.5, grey=0.2, blur=0.5, solarise=0.0,  # probabilities
     jitter=[0.4, 0.4, 0.4, 0.1],  # brightness, contrast, saturation, hue; with probability 0.8
-    blur_sigma=[0.1, 2.0], noise=0.0,  # pixels; deviation after normalisation
+    blur_sigma=[0.1, 2.0], threshold=0.5,  # pixels; from which value on solarise inverts
+    noise=0.0,  # deviation, after normalisation
     standardise=False,  # normalise by each view's own mean and deviation, not by ImageNet's
     batch_size=1024, epochs=300, warmup=15.0, start_lr=2e-4, lr=1e-3, final_lr=1e-6,
     weight_decay=[0.04, 0.4], ema=0.996, clip=3.0,  # first to last; rises to 1; gradient norm
@@ -76,8 +78,9 @@ RECIPES = {
     "cifar100": SMALL | dict(focal_views=4),
     # MSN is content with a plate's grey level, polarity and place unless its views destroy them.
     "plates": SMALL | dict(
-        flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0, invert=0.5, noise=0.2,
-        standardise=True, rand_crop=[0.6, 1.0], epochs=7, warmup=0.5, ema=0.98,
+        flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0, solarise=0.5,
+        threshold=0.0, noise=0.2, standardise=True, rand_crop=[0.6, 1.0], epochs=7, warmup=0.5,
+        ema=0.98,
     ),
 }  # fmt: skip
 
@@ -117,7 +120,7 @@ def parse_args(argv=None):
         if args.batch_size is None and os.environ.get("RANK", "0") == "0":
             print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
     vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
-    shares = "patch_drop flip grey blur invert ema rand_crop focal_crop".split()
+    shares = "patch_drop flip grey blur solarise threshold ema rand_crop focal_crop".split()
     may_be_0 = "seed workers long_tail sinkhorn standardise me_max_weight focal_views noise jitter"
     may_be_0 = f"{may_be_0} warmup start_lr final_lr weight_decay".split() + shares
     for name, value in vars(args).items():
@@ -282,15 +285,18 @@ def gaussian_blur(image, sigma, radius):
     return image
 
 
-def photometry(views, u, order, jitter, grey, blur, blur_sigma, invert):
-    """Colours of all views of one size in one call, each image by its own numbers u (B, 9): uint8
-    (B, 3, H, W) -> float32 in [0, 1]. order: of the four jitters (torchvision: one an image)."""
-    image, jittered = views.float() / 255, u[:, 0] < 0.8
-    for kind in order:
+def photometry(views, u, jitter, grey, blur, blur_sigma, solarise, threshold):
+    """Colours of all views of one size in one call: uint8 (B, 3, H, W) -> float32 in [0, 1]. Each
+    image has its own uniform numbers u (B, 13), on the CPU, and order of the four jitters."""
+    image, device, order = views.float() / 255, views.device, u[:, 9:].argsort(dim=1)
+    for place, kind in itertools.product(range(4), range(4)):
         if jitter[kind]:
-            neutral = float(kind < 3)  # a factor of 1, a hue shift of 0
-            amount = neutral + jittered * jitter[kind] * (2 * u[:, 1 + kind] - 1)
-            image = adjust(image, kind, amount.clamp(min=neutral - 1))
+            i = ((order[:, place] == kind) & (u[:, 0] < 0.8)).nonzero()[:, 0]
+            shift = jitter[kind] * (2 * u[i, 1 + kind] - 1)
+            amount = (1 + shift).clamp(min=0) if kind < 3 else shift
+            i = i.to(device)
+            image[i] = adjust(image[i], kind, amount.to(device))
+    u = u.to(device)
     if grey:
         image = adjust(image, 2, (u[:, 5] >= grey).float())
     if blur:
@@ -298,7 +304,8 @@ def photometry(views, u, order, jitter, grey, blur, blur_sigma, invert):
         sigma = torch.where(u[:, 6] < blur, sigma, 1e-3)  # so narrow that nothing changes
         radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
         image = gaussian_blur(image, sigma, radius)
-    return torch.where((u[:, 8] < invert).view(-1, 1, 1, 1), 1 - image, image)
+    inverted = (u[:, 8] < solarise).view(-1, 1, 1, 1) & (image >= threshold)
+    return torch.where(inverted, 1 - image, image)
 
 
 def normalise(image, standardise):
@@ -415,9 +422,8 @@ def msn_loss(
     with torch.no_grad():  # targets are labels; were they trained, all would become the same
         t = (targets @ prototypes.T / (temperature * sharpen)).softmax(dim=1)  # (B, K)
         for _ in range(3 * sinkhorn):  # of the sharpened targets of all processes
-            t = t * (prior / all_reduce_mean(t.mean(dim=0)).clamp(min=tiny)).to(
-                t
-            )  # prototypes: mass 1/K each
+            mass = all_reduce_mean(t.mean(dim=0)).clamp(min=tiny)  # (K,)
+            t = t * (prior / mass).to(t)  # prototypes: mass 1/K each
             t = t / t.sum(dim=1, keepdim=True)  # samples: mass 1 each
     cross_entropy = -(t * log_p.unflatten(0, (-1, len(t)))).sum(dim=2).mean()
     p_bar = all_reduce_mean(log_p.exp().mean(dim=0))  # (K,)
@@ -446,7 +452,7 @@ class MSN(nn.Module):
         return torch.cat(z), self.prototypes
 
 
-def update(model, target, optimizer, views, keep, lr, weight_decay, ema, clip, **loss_options):
+def msn_step(model, target, optimizer, views, keep, lr, weight_decay, ema, clip, **loss_options):
     """One step, in the official order: clip, step, move the target. views: the target view, then
     groups of anchors -> (gradient norm, loss, its two terms), the targets' embeddings."""
     groups, device = optimizer.param_groups, views[0].device.type
@@ -508,12 +514,16 @@ def init_distributed():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("nccl" if cuda else "gloo", **alone)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     return device
 
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 class AllReduceMean(torch.autograd.Function):
@@ -556,8 +566,7 @@ def train(args):
     def pick(names):
         return {name: getattr(args, name) for name in names.split()}
 
-    device, rank, W, out = init_distributed(), dist.get_rank(), world_size(), Path(args.out)
-    hosts = dist.new_group(backend="gloo")  # for a flag that no GPU should wait for
+    device, W, out = init_distributed(), world_size(), Path(args.out)
     free = ("out", "steps", "workers", "log_every", "save_every")  # may change between starts
     options = {"script": "msn"} | {k: v for k, v in vars(args).items() if k not in free}
     try:
@@ -575,7 +584,7 @@ def train(args):
         images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
         labels = labels[kept]
     try:
-        share = dict(rank=rank, world_size=W, seed=args.seed)
+        share = dict(rank=rank(), world_size=W, seed=args.seed)
         sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)
     except ValueError as error:
         fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
@@ -590,7 +599,7 @@ def train(args):
 
     groups = [(1 + args.rand_views, args.image_size, args.rand_crop)]
     groups += [(args.focal_views, args.focal_size, args.focal_crop)] * (args.focal_views > 0)
-    views = CroppedViews(images, groups, args.flip, args.seed, rank, W)
+    views = CroppedViews(images, groups, args.flip, args.seed, rank(), W)
     workers = 0 if torch.is_tensor(images) else os.cpu_count() // W
     workers = workers if args.workers is None else args.workers
     pin = device.type == "cuda"
@@ -606,8 +615,8 @@ def train(args):
         parts[name].load_state_dict(state[name])
     model = DistributedDataParallel(msn)
 
-    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank > 0 or None)
-    if rank == 0 and start < stop:
+    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank() > 0 or None)
+    if rank() == 0 and start < stop:
         print(json.dumps(options), flush=True)
         lines = log.read_bytes().splitlines(keepends=True)[:logged]
         os.truncate(log, sum(map(len, lines)))  # drop what a killed run logged after its last save
@@ -620,25 +629,25 @@ def train(args):
         inputs, B = [], crops[0].shape[1]
         torch.manual_seed(hash((args.seed, step, 1)))
         for crop in crops:  # (V, B, 3, H, W); numbers are drawn for the global batch, then cut
-            order, u = torch.randperm(4).tolist(), torch.rand(len(crop), B * W, 9)
+            u = torch.rand(len(crop), B * W, 13)
             noise = args.noise * torch.randn(len(crop), B * W, 1, *crop.shape[3:])
-            u, noise = (x[:, rank * B :][:, :B].flatten(0, 1).to(device) for x in (u, noise))
-            colours = pick("jitter grey blur blur_sigma invert")
-            pixels = photometry(crop.flatten(0, 1).to(device), u, order, **colours)
-            inputs.append(normalise(pixels, args.standardise) + noise)
+            u, noise = (x[:, rank() * B :][:, :B].flatten(0, 1) for x in (u, noise))
+            colours = pick("jitter grey blur blur_sigma solarise threshold")
+            pixels = photometry(crop.flatten(0, 1).to(device), u, **colours)
+            inputs.append(normalise(pixels, args.standardise) + noise.to(device))
         inputs[:1] = inputs[0][:B], inputs[0][B:]  # the first view is the target
         keep = torch.randperm((args.image_size // args.patch_size) ** 2)  # one for all images
         keep = keep[: int(len(keep) * (1 - args.patch_drop))].to(device)
         rates = pick("epochs warmup start_lr lr final_lr weight_decay ema")
         rates = schedules(step, epoch_steps, **rates)
         loss_options = pick("clip temperature sharpen me_max_weight sinkhorn")
-        terms, z = update(model, target, optimizer, inputs, keep, **rates, **loss_options)
+        terms, z = msn_step(model, target, optimizer, inputs, keep, **rates, **loss_options)
         recent, seen = [*recent, terms], [*seen, (z, crops[0][0])][-(1000 // B + 1) :]
         now, _ = step + 1, bar.update()
         flag = torch.tensor(float(bool(terminated)))
-        dist.all_reduce(flag, group=hosts)
+        dist.all_reduce(flag)
         last = now == stop or flag > 0
-        if step == 0 and rank == 0:
+        if step == 0 and rank() == 0:
             rows = [F.interpolate(v[:8], inputs[0].shape[2:]) for x in inputs for v in x.split(B)]
             save_image(torch.cat(rows), out / "views.png", nrow=8, normalize=True, scale_each=True)
         if not last and now % args.log_every and now % args.save_every:
@@ -649,7 +658,7 @@ def train(args):
                 bar.close()
                 fail(f"the loss is not finite at step {number}: lower --lr {args.lr}")
         logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
-        if rank == 0 and logs:
+        if rank() == 0 and logs:
             norm, loss, cross_entropy, me_max = torch.stack(recent).mean(dim=0).tolist()
             entropy = math.log(args.num_prototypes) - me_max  # of the mean prediction, nats
             line = dict(step=now, epoch=step // epoch_steps) | rates | dict(loss=loss)
@@ -667,7 +676,7 @@ def train(args):
                 bar.write("warning: collapse: predictions are the same for all images; lower --lr")
         if now % args.log_every == 0:
             recent, logged, clock, mark = [], logged + 1, time.time(), now
-        if rank == 0 and saves:
+        if rank() == 0 and saves:
             saved = dict(options=options, step=now, recent=recent, logged=logged)
             saved |= {name: part.state_dict() for name, part in parts.items()}
             torch.save(saved, out / "checkpoint.partial")  # renamed: a kill leaves no half file

@@ -210,7 +210,7 @@ def small_update(model, target, optimizer, weight_decay=0.1, ema=0.9, **options)
     ]
     options = dict(clip=3.0, me_max_weight=1.0, sinkhorn=True) | options
     keep = torch.tensor([3, 0, 2])
-    return views, msn.update(
+    return views, msn.msn_step(
         model, target, optimizer, views, keep, 0.01, weight_decay, ema, **options
     )
 
@@ -334,7 +334,7 @@ def test_five_steps_are_the_official_ones(dtype):
         rates = msn.schedules(i, **recipe)
         for name, key in (("lr", "lr"), ("weight_decay", "wd"), ("ema", "ema")):
             np.testing.assert_allclose(rates[name], golden[f"step_{key}"][i], rtol=1e-9)
-        (norm, *terms), _ = msn.update(model, target, optimizer, views, kept, **rates, **options)
+        (norm, *terms), _ = msn.msn_step(model, target, optimizer, views, kept, **rates, **options)
         for value, name in zip(terms, ("loss", "cross_entropy", "me_max"), strict=True):
             assert_loss(value, golden[f"step_{name}"][i], dtype, rtol=1e-8)
         assert golden["step_grad_norm"][i] > clip  # that of before clipping is told
