@@ -18,6 +18,7 @@ In shapes: N images, B a batch, D features, L learning rates, T targets an image
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision import models
 from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -299,6 +301,27 @@ class VisionTransformer(nn.Module):
         return self.norm(self.blocks(x)[:, 0])
 
 
+ARCHITECTURES = dict(resnet50=models.resnet50, resnet18=models.resnet18, small=None)
+
+
+def resnet(arch, image_size):
+    """torchvision's ResNet without classifier, the last scale of every residual block 0 at first:
+    images (B, 3, H, W) -> representations (B, D); and D. For images of up to 32 pixels the stem
+    neither strides nor pools, as in SimCLR's official code. `small` is five convolutions."""
+    if arch == "small":
+        widths, layers = [3, 16, 32, 64, 64, 128], []
+        for i, (before, after) in enumerate(itertools.pairwise(widths)):
+            conv = nn.Conv2d(before, after, 3, 2 - i % 2, padding=1, bias=False)
+            layers += [conv, BatchNorm(after), nn.ReLU()]
+        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
+    network = ARCHITECTURES[arch](zero_init_residual=True, norm_layer=BatchNorm)
+    dim, network.fc = network.fc.in_features, nn.Identity()
+    if image_size <= 32:
+        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return network, dim
+
+
 def initialise(module):
     """The official initial weights: linear truncated normal 0.02, convolution Kaiming, bias 0."""
     if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -341,7 +364,7 @@ def load_encoder(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         encoder = new_encoder(state["options"])
         encoder.load_state_dict(state["encoder"])
-        encoder.step, _ = state["step"], [encoder.options[n] for n in ("data", "standardise")]
+        encoder.step, _ = state["step"], [encoder.options[n] for n in ("data", "image_size")]
     except Exception as error:  # torch raises many kinds for damaged files
         fail(f"{path}: damaged or foreign checkpoint ({type(error).__name__}): give another")
     return encoder
@@ -351,18 +374,22 @@ def new_encoder(options):
     """The encoder of a run at its first step, by the run's seed."""
     torch.manual_seed(options["seed"])
     sizes = "image_size patch_size dim depth heads stem".split()
-    encoder = VisionTransformer(**{name: options[name] for name in sizes})
+    if "arch" in options:
+        encoder, _ = resnet(options["arch"], options["image_size"])
+    else:
+        encoder = VisionTransformer(**{name: options[name] for name in sizes})
     encoder.options = options
     return encoder.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def encode(encoder, images, workers=0):
-    """Features of N images, whole -> dict of (N, D): `cls`, after the final norm; `cls4`, those of
-    the last four blocks, each after the final norm; `patches`, the mean of the patch tokens."""
-    options, device = encoder.options, encoder.pos_embed.device
-    size, outputs, parts = options["image_size"], [], []
-    hooks = [b.register_forward_hook(lambda *x: outputs.append(x[2])) for b in encoder.blocks[-4:]]
+    """Features of N images, whole -> dict of (N, D). Of a ResNet `pooled`; of a ViT `cls`, after
+    the final norm; `cls4`, those of the last four blocks, each after the final norm; `patches`, the
+    mean of the patch tokens."""
+    options, device = encoder.options, next(encoder.parameters()).device
+    size, outputs, parts, blocks = options["image_size"], [], [], getattr(encoder, "blocks", [])
+    hooks = [b.register_forward_hook(lambda *x: outputs.append(x[2])) for b in blocks[-4:]]
     if torch.is_tensor(images):
         loader = (TF.resize(x.expand(-1, 3, -1, -1), [size, size]) for x in images.split(250))
     else:
@@ -374,13 +401,18 @@ def encode(encoder, images, workers=0):
         if isinstance(batch, str):
             fail(batch)
         outputs.clear()
-        encoder(normalise(batch.to(device).float() / 255, options["standardise"]))
-        tokens = [encoder.norm(x) for x in outputs]  # (B, 1 + N, D) each
-        cls4 = torch.cat([x[:, 0] for x in tokens], dim=1)
-        parts.append((tokens[-1][:, 0], cls4, tokens[-1][:, 1:].mean(dim=1)))
+        x = batch.to(device).float() / 255
+        if "standardise" in options:  # SimCLR takes pixels as they are
+            x = normalise(x, options["standardise"])
+        found = dict(pooled=encoder(x))
+        if blocks:
+            tokens = [encoder.norm(x) for x in outputs]  # (B, 1 + N, D) each
+            cls4 = torch.cat([x[:, 0] for x in tokens], dim=1)
+            found = dict(cls=found["pooled"], cls4=cls4, patches=tokens[-1][:, 1:].mean(dim=1))
+        parts.append(found)
     for hook in hooks:
         hook.remove()
-    features = dict(zip(("cls", "cls4", "patches"), map(torch.cat, zip(*parts))))
+    features = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if not all(x.isfinite().all() for x in features.values()):
         fail("the encoder's features are not finite: the run has diverged; give another checkpoint")
     return features

@@ -13,6 +13,8 @@ from PIL import Image
 
 import linear_eval
 import msn
+import simclr
+import vicreg
 
 GOLDEN = Path(__file__).parent / "golden"
 TINY = (
@@ -271,6 +273,30 @@ def test_encode_standardises_if_the_run_did(checkpoint):
         x = linear_eval.normalise(images.float() / 255, standardise)
         torch.testing.assert_close(linear_eval.encode(encoder, images)["cls"], encoder(x))
     assert not any(block._forward_hooks for block in encoder.blocks)
+
+
+@pytest.mark.parametrize("script", [simclr, vicreg])
+@pytest.mark.parametrize("arch", ["small", "resnet18"])
+def test_residual_networks_are_evaluated_on_the_pixels_of_their_run(script, arch, folder, tmp_path):
+    options = f"--data {folder} --recipe plates --arch {arch} --batch-size 16 --steps 2 --seed 3"
+    options += f" --hidden 16 --output 8 --workers 0 --out {tmp_path}"
+    script.main(options.split())
+    encoder = linear_eval.load_encoder(tmp_path / "checkpoint.pt")
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    x = images.float() / 255  # of which SimCLR's network sees just these
+    x = x if script is simclr else linear_eval.normalise(x, False)
+    features = linear_eval.encode(encoder, images)
+    assert features.keys() == {"pooled"}
+    torch.testing.assert_close(features["pooled"], encoder(x), atol=1e-5, rtol=1e-5)
+    torch.manual_seed(3)
+    start, control = (
+        script.resnet(arch, 32)[0].state_dict(),
+        linear_eval.new_encoder(encoder.options),
+    )
+    assert all(torch.equal(start[key], value) for key, value in control.state_dict().items())
+    linear_eval.main([str(tmp_path / "checkpoint.pt"), "--epochs", "1", "--workers", "0"])
+    report = json.loads((tmp_path / f"linear_eval_{folder.name}_class.json").read_text())
+    assert 0 <= report["top1"] <= 100 and report["best"]["feature"] == "pooled"
 
 
 def test_files_are_resized_by_8_7_and_cropped(tmp_path):

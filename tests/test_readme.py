@@ -11,13 +11,17 @@ from PIL import Image
 
 import linear_eval
 import msn
+import simclr
+import vicreg
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LINES = [s for block in re.findall(r"```bash\n(.*?)```", README, re.S) for s in block.splitlines()]
 TABLE = re.findall(r"^\| `(python [^`]*)`", README, re.M)
-COMMANDS = sorted({line for line in LINES + TABLE if "msn.py" in line})
-SHORT = "--steps 2 --dim 16 --depth 1 --heads 2 --hidden 16 --output 8 --num-prototypes 16".split()
+SCRIPTS = {f"{script.__name__}.py": script for script in (simclr, vicreg, msn)}
+COMMANDS = sorted({line for line in LINES + TABLE if SCRIPTS.keys() & set(shlex.split(line))})
+SHORT = "--steps 2 --hidden 16 --output 8".split()
+VIT = "--dim 16 --depth 1 --heads 2 --num-prototypes 16".split()
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +37,8 @@ def imagenet(tmp_path_factory):
 
 
 def test_there_are_commands():
-    assert len(COMMANDS) >= 6 and any(line.startswith("torchrun") for line in COMMANDS)
+    assert len(COMMANDS) >= 10 and any(line.startswith("torchrun") for line in COMMANDS)
+    assert all(any(name in line for line in COMMANDS) for name in SCRIPTS)
     assert any(line.startswith("python linear_eval.py") for line in LINES)
 
 
@@ -41,19 +46,24 @@ def test_there_are_commands():
 def test_training_commands(command, imagenet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = shlex.split(command)
-    options = words[words.index("msn.py") + 1 :]
+    name = next(word for word in words if word in SCRIPTS)
+    script, options = SCRIPTS[name], words[words.index(name) + 1 :]
     assert "--steps" not in options
+    short = [*SHORT, *VIT] if script is msn else [*SHORT, "--arch", "small"]
     if "IMAGENET" in options:  # the recipe's sizes are for GPUs: two images of each view suffice
         options[options.index("IMAGENET")] = str(imagenet)
-        options += "--image-size 32 --focal-size 16 --focal-views 1 --workers 0".split()
+        short += "--image-size 32 --workers 0".split()
+        short += "--focal-size 16 --focal-views 1".split() if script is msn else ()
+        short += [] if script is msn or "--batch-size" in options else ["--batch-size", "960"]
     if "cifar10" in options:  # nothing can be downloaded here: the data are drawn
-        monkeypatch.setattr(msn, "CIFAR10", Cifar)
+        monkeypatch.setattr(script, "CIFAR10", Cifar)
     if "--help" in options:
         with pytest.raises(SystemExit, match="0"):
-            msn.main(options)
+            script.main(options)
         return
-    msn.main([*options, *SHORT])
-    out = Path(options[options.index("--out") + 1] if "--out" in options else "runs/msn")
+    script.main([*options, *short])
+    runs = f"runs/{script.__name__}"
+    out = Path(options[options.index("--out") + 1] if "--out" in options else runs)
     assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] == 2
     assert (out / "log.jsonl").read_text().count("\n") == 1
 
@@ -67,7 +77,7 @@ class Cifar:
 
 def test_evaluation_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    msn.main([*SHORT, "--stem", "8", "8", "8", "--batch-size", "16"])
+    msn.main([*SHORT, *VIT, "--stem", "8", "8", "8", "--batch-size", "16"])
     images, labels = msn.draw_plates(1, seed=0)
     monkeypatch.setattr(linear_eval, "draw_plates", lambda per_class, seed: (images, labels))
     lines = [line for line in LINES if line.startswith("python linear_eval.py")]
@@ -98,7 +108,7 @@ def test_no_placeholder_no_dead_link_and_short():
 
 
 def test_options_in_readme_exist():
-    source = (ROOT / "msn.py").read_text() + (ROOT / "linear_eval.py").read_text()
-    known = {f"--{name.replace('_', '-')}" for name in msn.PAPER}
+    source = "".join((ROOT / name).read_text() for name in (*SCRIPTS, "linear_eval.py"))
+    known = {f"--{name.replace('_', '-')}" for x in SCRIPTS.values() for name in x.PAPER}
     known |= set(re.findall(r'"(--[\w-]+)"', source)) | {"--help", "--nproc_per_node", "--from"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
