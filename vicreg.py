@@ -74,7 +74,7 @@ RECIPES = {
     "plates": PAPER | dict(
         arch="small", image_size=32, hidden=512, output=512, crop=[0.6, 1.0], flip=0.0, grey=0.0,
         blur=[0.0, 0.0], solarise=[0.5, 0.5], threshold=0.0, jitter=[0.8, 0.8, 0.0, 0.0],
-        batch_size=1024, epochs=8, warmup=0.3, base_lr=0.5, trust=0.005,
+        cov_coeff=4.0, batch_size=1024, epochs=7, warmup=0.3, base_lr=0.25, trust=0.01,
     ),
 }  # fmt: skip
 
