@@ -69,7 +69,7 @@ def test_training_commands(command, imagenet, tmp_path, monkeypatch):
 
 
 class Cifar:
-    data, targets = np.zeros((256, 32, 32, 3), np.uint8), list(range(10)) * 25 + [0] * 6
+    data, targets = np.zeros((512, 32, 32, 3), np.uint8), list(range(10)) * 51 + [0] * 2
 
     def __init__(self, root, train, download):
         pass
