@@ -77,14 +77,14 @@ class Cifar:
 
 def test_evaluation_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    msn.main([*SHORT, *VIT, "--stem", "8", "8", "8", "--batch-size", "16"])
-    images, labels = msn.draw_plates(1, seed=0)
+    simclr.main([*SHORT, "--batch-size", "16"])
+    images, labels = simclr.draw_plates(1, seed=0)
     monkeypatch.setattr(linear_eval, "draw_plates", lambda per_class, seed: (images, labels))
     lines = [line for line in LINES if line.startswith("python linear_eval.py")]
     assert len(lines) >= 2
     for line in lines:
         linear_eval.main([*shlex.split(line)[2:], "--epochs", "1"])
-    assert {p.name for p in Path("runs/msn").glob("*.json")} == {
+    assert {p.name for p in Path("runs/simclr").glob("*.json")} == {
         "linear_eval_plates_digits.json",
         "linear_eval_plates_count.json",
     }
