@@ -383,7 +383,8 @@ def simclr_step(model, optimizer, images, lr, temperature):
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    spread = F.normalize(z1.detach().float()).var(dim=0).sum().sqrt()
+    mean = all_reduce_mean(F.normalize(z1.detach().float()).mean(dim=0))  # (D,)
+    spread = (1 - mean.square().sum()).clamp(min=0).sqrt()  # unit vectors' variance: 1 - |mean|^2
     return torch.stack([loss.detach(), spread])
 
 

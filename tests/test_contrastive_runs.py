@@ -141,7 +141,7 @@ def test_torchrun_of_two_equals_one_process_and_may_go_on_as_one(script, tmp_pat
         assert two[0]["step"] == one[0]["step"] == steps
         for name, weight in one[0][script.__name__].items():
             torch.testing.assert_close(two[0][script.__name__][name], weight, rtol=1e-3, atol=1e-5)
-        for name in TERMS[script][:1] if script is simclr else TERMS[script]:
+        for name in TERMS[script]:
             losses = [[line[name] for line in log] for _, log in (one, two)]
             assert len(losses[0]) == steps
             np.testing.assert_allclose(*losses, rtol=1e-4, err_msg=name)
@@ -358,6 +358,18 @@ def test_a_long_tail_shortens_the_epoch(script, tmp_path, folder):
     options = "--recipe", "plates", "--data", folder, "--batch-size", 8, "--epochs", 1
     tail = run(script, tmp_path, *options, "--workers", 0, "--long-tail", 1.0)
     assert tail[0]["step"] == (15 + 8 + 5 + 4) // 8
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_the_spread_of_simclr_is_0_if_embeddings_are_one_and_defined_for_one_image(alike):
+    z = torch.ones(4, 2) if alike else torch.eye(2).repeat(2, 1)
+    network = nn.Linear(2, 2, bias=False)
+    nn.init.eye_(network.weight)
+    optimizer = simclr.LARS(network.parameters(), 0.0, 0.0)
+    _, spread = simclr.simclr_step(network, optimizer, z, 0.1, 0.1)
+    assert spread.item() == pytest.approx(0 if alike else 0.5**0.5, abs=1e-3)
+    _, spread = simclr.simclr_step(network, optimizer, z[::2], 0.1, 0.1)
+    assert spread.isfinite()
 
 
 def test_the_views_of_vicreg_have_probabilities_of_their_own(tmp_path, monkeypatch):
