@@ -116,11 +116,10 @@ def parse_args(argv=None):
     may_be_0 = "seed workers long_tail jitter warmup final_lr weight_decay".split() + shares
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
-            limit = 1 if name in shares else sys.float_info.max
-            number = isinstance(x, (int, float))
+            limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
+            number, low = isinstance(x, (int, float)), "from" if name in may_be_0 else "above"
             if number and not (0 < x <= limit or x == 0 and name in may_be_0):
-                kind = "number from 0 to 1" if name in shares else "positive number"
-                fail(f"--{name.replace('_', '-')} {x}: give a {kind}")
+                fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
     if args.batch_size < 2:
         fail(f"--batch-size {args.batch_size}: BatchNorm needs at least 2")
     return args

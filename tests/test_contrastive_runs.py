@@ -198,6 +198,8 @@ WRONG = {  # options -> what the message names
     "--crop -1 0.5": ("--crop -1", "give"),
     "--flip 1.5": ("--flip 1.5", "from 0 to 1"),
     "--steps 0": ("--steps 0", "give"),
+    "--seed -1": ("--seed -1", "from 0"),
+    f"--seed {10**20}": ("--seed", 10**20, "9.2e+18"),
     "--bogus 3": ("--bogus",),
     "--data /nowhere/at/all --recipe plates": ("--data /nowhere/at/all", "train/CLASS/IMAGE"),
 }
@@ -370,6 +372,12 @@ def test_the_spread_of_simclr_is_0_if_embeddings_are_one_and_defined_for_one_ima
     assert spread.item() == pytest.approx(0 if alike else 0.5**0.5, abs=1e-3)
     _, spread = simclr.simclr_step(network, optimizer, z[::2], 0.1, 0.1)
     assert spread.isfinite()
+
+
+def test_a_term_of_vicreg_can_be_switched_off(tmp_path):
+    _, log = run(vicreg, tmp_path, "--steps", 2, "--sim-coeff", 0, "--std-coeff", 0)
+    expected = vicreg.parse_args([]).cov_coeff * log[0]["covariance"]
+    assert log[0]["loss"] == pytest.approx(expected, rel=1e-5) and log[0]["invariance"] > 0
 
 
 def test_the_views_of_vicreg_have_probabilities_of_their_own(tmp_path, monkeypatch):

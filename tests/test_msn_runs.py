@@ -306,6 +306,7 @@ WRONG = {  # options -> what the message names
     "--lr -1": ("--lr -1", "give"),
     "--lr nan": ("--lr nan", "give"),
     "--steps 0": ("--steps 0", "give"),
+    f"--seed {10**20}": ("--seed", 10**20, "9.2e+18"),
     "--batch-size 1": ("--batch-size 1", "at least 2"),
     "--patch-drop 1.5": ("--patch-drop 1.5", "from 0 to 1"),
     "--rand-crop -1 0.5": ("--rand-crop -1", "give"),
