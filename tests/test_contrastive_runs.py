@@ -152,7 +152,8 @@ def test_torchrun_of_two_equals_one_process_and_may_go_on_as_one(script, tmp_pat
         for name in TERMS[script]:
             losses = [[line[name] for line in log] for _, log in (one, two)]
             assert len(losses[0]) == steps
-            np.testing.assert_allclose(*losses, rtol=1e-4, err_msg=name)
+            np.testing.assert_allclose(losses[0][:1], losses[1][:1], rtol=1e-5, err_msg=name)
+            np.testing.assert_allclose(*losses, rtol=1e-3, err_msg=name)  # rounding grows
         if steps == 3:
             one = run(script, tmp_path / "one", "--steps", 5, *options)
             run(script, tmp_path / "two", "--steps", 5, *options)
