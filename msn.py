@@ -6,16 +6,16 @@
 
 Several anchor views of an image, some with patches dropped, predict the soft assignment of one
 target view to K prototypes. The target network is a moving average of the anchor's and gets no
-gradient. Collapse is prevented by maximising the entropy of the mean prediction: a hidden prior
-that prototypes, hence clusters, are of equal size (arXiv 2210.07277; pmsn.py replaces it).
+gradient. Collapse is prevented by matching the mean prediction to a prior over prototypes, hence
+over sizes of clusters: the uniform one, hidden in its entropy (arXiv 2210.07277; see pmsn.py).
 
     p = softmax(cos(anchor, prototypes) / temperature)     t = sharpened softmax(cos(target, ...))
-    loss = mean over anchors of H(t, p)  +  weight * KL(mean over anchors of p || 1/K)     (Eq. 1)
+    loss = mean over anchors of H(t, p)  +  weight * KL(mean over anchors of p || prior)   (Eq. 1)
 
     python msn.py                                                    plates, minutes on a laptop
     torchrun --nproc_per_node=8 msn.py --data IMAGENET --k-classes 960    (or 8: imbalanced batches)
 
-Read msn_loss, then MSN and msn_step, then train; sampler.py says what --k-classes does.
+Read the loss, MSN and the step in section 4, then train; sampler.py says what --k-classes does.
 In shapes: B images a process, V views, N patches, D width, K prototypes.
 """
 
@@ -54,7 +54,8 @@ from sampler import KClassBatchSampler, long_tail
 PAPER = dict(
     image_size=224, focal_size=96, patch_size=16, stem=[], dim=768, depth=12, heads=12,
     hidden=2048, output=256, num_prototypes=1024,  # projector's layers, embedding, K
-    temperature=0.1, sharpen=0.25, me_max_weight=1.0, sinkhorn=False,
+    temperature=0.1, sharpen=0.25,  # sharpen: the targets' temperature, as a fraction
+    me_max_weight=1.0, sinkhorn=False,
     rand_views=1, focal_views=10, patch_drop=0.3,  # anchors of each size; only rand views lose
     rand_crop=[0.3, 1.0], focal_crop=[0.05, 0.3],  # fraction of the image's area
     flip=0.5, grey=0.2, blur=0.5, solarise=0.0,  # probabilities
@@ -100,7 +101,7 @@ def parse_args(argv=None):
     p.add_argument("--long-tail", type=float, default=0.0, help="keep k**-this of class k")
     p.add_argument("--recipe", choices=RECIPES, help="default: the data's own; folders: paper")
     p.add_argument("--steps", type=int, help="stop after so many steps in all (default: epochs)")
-    p.add_argument("--out", default="runs/msn", help="folder of checkpoint.pt, log.jsonl, pictures")
+    p.add_argument("--out", default="runs/msn", help="folder of checkpoint, log, pictures")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
     p.add_argument("--log-every", type=int, default=50, help="steps")
@@ -121,8 +122,8 @@ def parse_args(argv=None):
             print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
     vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
     shares = "patch_drop flip grey blur solarise threshold ema rand_crop focal_crop".split()
-    may_be_0 = "seed workers long_tail sinkhorn standardise me_max_weight focal_views noise jitter"
-    may_be_0 = f"{may_be_0} warmup start_lr final_lr weight_decay".split() + shares
+    may_be_0 = "seed workers long_tail sinkhorn standardise me_max_weight focal_views noise"
+    may_be_0 = f"{may_be_0} jitter warmup start_lr final_lr weight_decay".split() + shares
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
             limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
@@ -406,6 +407,13 @@ def initialise(module):
 
 
 # ---- 4. Method
+def log_assignment(z, prototypes, temperature):
+    """log softmax(cos(z, prototypes) / temperature), of z (B, D) and prototypes (K, D), any lengths
+    -> (B, K), in float32 (or 64), whatever autocast made of z."""
+    prototypes = F.normalize(prototypes)
+    return (F.normalize(z.to(prototypes)) @ prototypes.T / temperature).log_softmax(dim=1)
+
+
 def msn_loss(
     anchors, targets, prototypes, temperature=0.1, sharpen=0.25, me_max_weight=1.0, sinkhorn=False
 ):
@@ -413,21 +421,19 @@ def msn_loss(
 
     -> (loss, cross_entropy, me_max), in nats. cross_entropy is this process's mean, which DDP
     averages; me_max = KL(mean prediction || uniform) >= 0 is over the anchors of all processes."""
-    prior = torch.full_like(prototypes[:, 0], 1 / len(prototypes), dtype=torch.float64)
-    prototypes = F.normalize(prototypes)  # losses are float32 (or 64), whatever autocast made
-    anchors, targets = F.normalize(anchors.to(prototypes)), F.normalize(targets.to(prototypes))
     tiny = torch.finfo(prototypes.dtype).tiny  # a prototype that nobody chose: 0 log 0 = 0
-    log_p = (anchors @ prototypes.T / temperature).log_softmax(dim=1)  # (V*B, K)
+    prior = torch.full_like(prototypes[:, 0], 1 / len(prototypes), dtype=torch.float64)
+    log_p = log_assignment(anchors, prototypes, temperature)  # (V*B, K)
     with torch.no_grad():  # targets are labels; were they trained, all would become the same
-        t = (targets @ prototypes.T / (temperature * sharpen)).softmax(dim=1)  # (B, K)
+        t = log_assignment(targets, prototypes, temperature * sharpen).exp()  # (B, K)
         for _ in range(3 * sinkhorn):  # of the sharpened targets of all processes
             mass = all_reduce_mean(t.mean(dim=0)).clamp(min=tiny)  # (K,)
-            t = t * (prior / mass).to(t)  # prototypes: mass 1/K each
+            t = t * (prior / mass).to(t)  # prototypes: mass as in the prior
             t = t / t.sum(dim=1, keepdim=True)  # samples: mass 1 each
     cross_entropy = -(t * log_p.unflatten(0, (-1, len(t)))).sum(dim=2).mean()
     p_bar = all_reduce_mean(log_p.exp().mean(dim=0))  # (K,)
-    me_max = (p_bar * (p_bar.clamp(min=tiny).log() - prior.log().to(p_bar))).sum()
-    return cross_entropy + me_max_weight * me_max, cross_entropy, me_max
+    kl = (p_bar * (p_bar.clamp(min=tiny).log() - prior.log().to(p_bar))).sum()
+    return cross_entropy + me_max_weight * kl, cross_entropy, kl
 
 
 class MSN(nn.Module):
@@ -453,7 +459,8 @@ class MSN(nn.Module):
 
 def msn_step(model, target, optimizer, views, keep, lr, weight_decay, ema, clip, **loss_options):
     """One step, in the official order: clip, step, move the target. views: the target view, then
-    groups of anchors -> (gradient norm, loss, its two terms), the targets' embeddings."""
+    groups of anchors -> (gradient norm, loss, its two terms); the mean prediction (K,) of this
+    process; the targets' embeddings."""
     groups, device = optimizer.param_groups, views[0].device.type
     groups[0]["weight_decay"] = weight_decay  # the other groups are not decayed
     for group in groups:
@@ -463,13 +470,15 @@ def msn_step(model, target, optimizer, views, keep, lr, weight_decay, ema, clip,
             targets, _ = target(views[:1])  # in training mode: BatchNorm by the batch, as official
         anchors, prototypes = model(views[1:], keep)
     loss, *terms = msn_loss(anchors, targets, prototypes, **loss_options)
+    with torch.no_grad():
+        usage = log_assignment(anchors, prototypes, loss_options["temperature"]).exp().mean(dim=0)
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(groups[0]["params"] + groups[1]["params"], clip)
     optimizer.step()
     with torch.no_grad():  # parameters only: the target's BatchNorm keeps statistics of its own
         torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - ema)
-    return torch.stack([norm, loss, *terms]).detach(), targets
+    return torch.stack([norm, loss, *terms]).detach(), usage, targets
 
 
 def draw_prototypes(prototypes, embeddings, pictures, path, rows=12, columns=10):
@@ -480,6 +489,25 @@ def draw_prototypes(prototypes, embeddings, pictures, path, rows=12, columns=10)
     chosen = used[torch.linspace(0, len(used) - 1, rows).long()]
     nearest = similarity[chosen].topk(min(columns, len(pictures))).indices.cpu()
     save_image(pictures[nearest.flatten()].float() / 255, path, nrow=nearest.shape[1])
+
+
+def draw_usage(usage, prior, kl, path):
+    """Picture. Left: use of the prototypes (K,), sorted (red), and the prior (black), by logarithm;
+    right: the divergence kl of the one from the other, a number for each line of the log."""
+    picture = Image.new("RGB", (840, 340), "white")
+    pen, floor = ImageDraw.Draw(picture), 0.01 / len(prior)
+    shares = [x.double().sort().values.flip(0).clamp(min=floor).log10() for x in (prior, usage)]
+    for left, title, curves in (
+        (10, "log10 of the share of each prototype, sorted: prior black, use red", shares),
+        (430, "KL(use || prior) over the run, nats", [torch.tensor([0.0, *kl])]),
+    ):
+        low, high = min(y.min() for y in curves), max(y.max() for y in curves)
+        pen.text((left, 5), f"{title}; {low:.2f} to {high:.2f}", "black")
+        for y, colour in zip(curves, ("black", "red")):
+            y = 330 - 300 * (y - low) / (high - low).clamp(min=1e-9)
+            x = torch.linspace(left, left + 400, len(y))
+            pen.line(torch.stack([x, y], dim=1).flatten().tolist(), colour, 2)
+    picture.save(path)
 
 
 # ---- 5. Optimiser and schedules
@@ -566,6 +594,7 @@ def train(args):
         return {name: getattr(args, name) for name in names.split()}
 
     device, W, out = init_distributed(), world_size(), Path(args.out)
+    prior = torch.ones(args.num_prototypes).double() / args.num_prototypes
     free = ("out", "steps", "workers", "log_every", "save_every")  # may change between starts
     options = {"script": "msn"} | {k: v for k, v in vars(args).items() if k not in free}
     try:
@@ -582,6 +611,8 @@ def train(args):
         kept = long_tail(labels, args.long_tail, args.seed)
         images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
         labels = labels[kept]
+        if rank() == 0:
+            print(f"--long-tail {args.long_tail}: {len(kept)} images are kept")
     try:
         share = dict(rank=rank(), world_size=W, seed=args.seed)
         sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)
@@ -640,8 +671,9 @@ def train(args):
         rates = pick("epochs warmup start_lr lr final_lr weight_decay ema")
         rates = schedules(step, epoch_steps, **rates)
         loss_options = pick("clip temperature sharpen me_max_weight sinkhorn")
-        terms, z = msn_step(model, target, optimizer, inputs, keep, **rates, **loss_options)
-        recent, seen = [*recent, terms], [*seen, (z, crops[0][0])][-(1000 // B + 1) :]
+        result = msn_step(model, target, optimizer, inputs, keep, **rates, **loss_options)
+        recent = [*recent, torch.cat(result[:2])]
+        seen = [*seen, (result[2], crops[0][0])][-(1000 // B + 1) :]
         now, _ = step + 1, bar.update()
         flag = torch.tensor(float(bool(terminated)))
         dist.all_reduce(flag)
@@ -657,18 +689,22 @@ def train(args):
                 bar.close()
                 fail(f"the loss is not finite at step {number}: lower --lr {args.lr}")
         logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
+        means = torch.stack(recent).double().mean(dim=0)
+        (norm, loss, cross_entropy, kl), usage = means[:4].tolist(), means[4:]
         if rank() == 0 and logs:
-            norm, loss, cross_entropy, me_max = torch.stack(recent).mean(dim=0).tolist()
-            entropy = math.log(args.num_prototypes) - me_max  # of the mean prediction, nats
+            entropy = -kl - (usage @ prior.clamp(min=1e-38).log()).item()  # of the mean prediction
             line = dict(step=now, epoch=step // epoch_steps) | rates | dict(loss=loss)
-            line |= dict(cross_entropy=cross_entropy, me_max=me_max, entropy=entropy)
+            line |= dict(cross_entropy=cross_entropy, me_max=kl, entropy=entropy)
             # What predictions tell of their image, in nats: 0 in either kind of collapse.
             line |= dict(information=entropy - cross_entropy, gradient_norm=norm)
             line |= dict(images_per_second=(now - mark) * args.batch_size / (time.time() - clock))
+            bar.set_postfix({name: f"{line[name]:.3g}" for name in list(line)[5:]})
+            ranks = torch.linspace(0, args.num_prototypes - 1, 11).long()  # deciles
+            for name, share in dict(usage=usage, prior=prior).items():
+                share = share.sort(descending=True).values[ranks]
+                line[name] = [float(f"{x:.3g}") for x in share]
             with log.open("a") as file:
                 print(json.dumps(line), file=file)
-            shown = ("loss", "cross_entropy", "me_max", "information", "images_per_second")
-            bar.set_postfix({name: f"{line[name]:.3g}" for name in shown})
             told = line["information"] > 0.02 or now < args.warmup * epoch_steps
             quiet = 0 if told else quiet + 1
             if quiet == 5:
@@ -682,6 +718,8 @@ def train(args):
             os.replace(out / "checkpoint.partial", out / "checkpoint.pt")
             embeddings, pictures = map(torch.cat, zip(*seen))
             draw_prototypes(msn.prototypes.detach(), embeddings, pictures, out / "prototypes.png")
+            history = [json.loads(line)["me_max"] for line in log.read_text().splitlines()]
+            draw_usage(usage, prior, history, out / "prior.png")
         if last:
             break
     bar.close()

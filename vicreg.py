@@ -525,6 +525,8 @@ def train(args):
         kept = long_tail(labels, args.long_tail, args.seed)
         images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
         labels = labels[kept]
+        if rank() == 0:
+            print(f"--long-tail {args.long_tail}: {len(kept)} images are kept")
     try:
         share = dict(rank=rank(), world_size=W, seed=args.seed)
         sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)

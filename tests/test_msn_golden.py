@@ -208,7 +208,7 @@ def small_update(model, target, optimizer, weight_decay=0.1, ema=0.9, **options)
     views = [
         torch.randn(n, 3, size, size, generator=rng) for n, size in ((6, 16), (12, 16), (6, 8))
     ]
-    options = dict(clip=3.0, me_max_weight=1.0, sinkhorn=True) | options
+    options = dict(clip=3.0, temperature=0.1, me_max_weight=1.0, sinkhorn=True) | options
     keep = torch.tensor([3, 0, 2])
     return views, msn.msn_step(
         model, target, optimizer, views, keep, 0.01, weight_decay, ema, **options
@@ -241,7 +241,7 @@ def test_target_uses_batch_statistics_and_keeps_its_own():
         for buffer in network.projector.buffers():
             buffer.add_(3)
     untouched, own = copy.deepcopy(target), copy.deepcopy(target).train()
-    views, (_, embeddings) = small_update(model, target, optimizer)
+    views, (*_, embeddings) = small_update(model, target, optimizer)
     with torch.no_grad():
         expected, _ = own(views[:1])
         by_running, _ = untouched.eval()(views[:1])
@@ -281,7 +281,7 @@ def test_prototypes_are_not_clipped_and_the_network_is():
     gradients = []
     for clip in (1e9, 1e-3):
         model, target, optimizer = small_model()
-        _, (terms, _) = small_update(model, target, optimizer, clip=clip)
+        _, (terms, *_) = small_update(model, target, optimizer, clip=clip)
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     free, clipped = gradients
     torch.testing.assert_close(clipped["prototypes"], free["prototypes"], rtol=0, atol=0)
@@ -334,7 +334,8 @@ def test_five_steps_are_the_official_ones(dtype):
         rates = msn.schedules(i, **recipe)
         for name, key in (("lr", "lr"), ("weight_decay", "wd"), ("ema", "ema")):
             np.testing.assert_allclose(rates[name], golden[f"step_{key}"][i], rtol=1e-9)
-        (norm, *terms), _ = msn.msn_step(model, target, optimizer, views, kept, **rates, **options)
+        result = msn.msn_step(model, target, optimizer, views, kept, **rates, **options)
+        norm, *terms = result[0]
         for value, name in zip(terms, ("loss", "cross_entropy", "me_max"), strict=True):
             assert_loss(value, golden[f"step_{name}"][i], dtype, rtol=1e-8)
         assert golden["step_grad_norm"][i] > clip  # that of before clipping is told

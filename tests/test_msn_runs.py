@@ -536,11 +536,12 @@ def test_a_folder_of_images_with_workers_and_focal_views(tmp_path, folder):
     assert without[1][-1]["loss"] != log[-1]["loss"]
 
 
-def test_a_long_tail_shortens_the_epoch(tmp_path, folder):
+def test_a_long_tail_shortens_the_epoch(tmp_path, folder, capfd):
     options = "--recipe", "plates", "--data", folder, "--batch-size", 8, "--epochs", 1
     assert run(tmp_path / "all", *options)[0]["step"] == 60 // 8
     tail = run(tmp_path / "tail", *options, "--long-tail", 1.0)
     assert tail[0]["step"] == (15 + 8 + 5 + 4) // 8
+    assert "--long-tail 1.0: 32 images are kept" in capfd.readouterr().out
 
 
 # ---- 5. What a run leaves
@@ -554,7 +555,11 @@ def test_log_and_pictures_of_a_run(tmp_path):
     recipe = {name: getattr(msn.parse_args([]), name) for name in names}
     terms = {"loss", "cross_entropy", "me_max", "entropy", "information", "gradient_norm"}
     for line in log:
-        assert line.keys() == {"step", "epoch", "images_per_second"} | rates | terms
+        shares = {"usage", "prior"}
+        assert line.keys() == {"step", "epoch", "images_per_second"} | rates | terms | shares
+        assert line["prior"] == [1 / 16] * 11 and len(line["usage"]) == 11
+        assert line["usage"] == sorted(line["usage"], reverse=True)
+        assert min(line["usage"]) < 1 / 16 < max(line["usage"])
         assert line["epoch"] == 0 and line["images_per_second"] > 0
         loss = line["cross_entropy"] + line["me_max"]
         np.testing.assert_allclose(line["loss"], loss, rtol=1e-5)
@@ -563,7 +568,7 @@ def test_log_and_pictures_of_a_run(tmp_path):
         np.testing.assert_allclose(line["information"], information, rtol=1e-5)
         expected = msn.schedules(line["step"] - 1, 50_000 // 32, **recipe)
         assert {name: line[name] for name in rates} == expected
-    files = {"checkpoint.pt", "log.jsonl", "views.png", "prototypes.png"}
+    files = {"checkpoint.pt", "log.jsonl", "views.png", "prototypes.png", "prior.png"}
     assert {path.name for path in tmp_path.iterdir()} == files
     for name, rows in (("views", 3), ("prototypes", 12)):
         with Image.open(tmp_path / f"{name}.png") as picture:
