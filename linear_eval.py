@@ -199,7 +199,8 @@ def kitti_dist(label_lines):
 
 
 def open_task(data, target):
-    """-> (images, labels (N, T), classes) of train and of test, and the task's name."""
+    """-> images, labels (N, T) and classes (N,) of train and of test; how many labels there are;
+    the task's name."""
     if data not in IN_MEMORY:
         root = Path(data)
         names = [
@@ -215,11 +216,22 @@ def open_task(data, target):
         chosen = target or ("digits" if "digits" in labels else "class")
         if chosen not in labels:
             fail(f"--target {target}: {data} has {', '.join(labels)}")
-        splits.append((images, labels[chosen].reshape(len(images), -1)))
+        kinds = next(iter(labels.values()))
+        splits.append((images, labels[chosen].reshape(len(images), -1), kinds))
     if len(splits[0][0]) < 2:
         fail(f"--data {data}: one training image: BatchNorm needs at least two")
-    classes = int(max(labels.max() for _, labels in splits)) + 1
+    classes = int(max(labels.max() for _, labels, _ in splits)) + 1
     return *splits, classes, f"{data} {chosen}"
+
+
+def frequency_groups(kinds, test_kinds, long_tail):
+    """Which of N test images are of the tenth of the classes that the encoder saw most often, and
+    which of the rarer half -> dict of (N,) bool. Class k from 1 was kept by k**-long_tail."""
+    seen = kinds.bincount()
+    seen = seen * (torch.arange(len(seen)) + 1.0) ** -long_tail
+    place = seen.argsort(descending=True, stable=True).argsort()  # 0: the most frequent
+    share = place[test_kinds] / len(seen)
+    return dict(frequent=share < 0.1, rare=share >= 0.5)
 
 
 # ---- 3. Encoder
@@ -469,9 +481,11 @@ def train_heads(
     batch_size,
     seed,
     rates=LEARNING_RATES,
+    groups=None,
 ):
     """Train heads on dicts of features (N, D) and labels (N, T), all at once -> a list of results,
-    the best on the held-out tenth first: options, held_out, top1, and the top1 of each target."""
+    the best on the held-out tenth first: options, held_out, top1, and the top1 of each target, of
+    all test images and of groups, a dict of (N,) bool."""
     torch.manual_seed(seed)
     order, T = torch.randperm(len(labels)), labels.shape[1]
     kept, held = order[len(order) // 10 :], order[: len(order) // 10]
@@ -480,8 +494,8 @@ def train_heads(
     banks = {
         name: Heads(x.shape[1], T, classes, rates).to(x.device) for name, x in features.items()
     }
-    groups = [group for heads in banks.values() for group in heads.groups(batch_size)]
-    optimizer = torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+    params = [group for heads in banks.values() for group in heads.groups(batch_size)]
+    optimizer = torch.optim.SGD(params, lr=0.01, momentum=0.9, nesterov=True)
     milestones = [round(epochs * part / 7) for part in (2, 4, 6)]  # 8, 16, 24 of 28
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
     for _ in tqdm(range(epochs), desc="heads", leave=False, disable=None):
@@ -504,10 +518,15 @@ def train_heads(
     for name, heads in banks.items():
         held_out = accuracy(heads, features[name][held], labels[held])
         test = accuracy(heads, test_features[name], test_labels)
+        x, parts = test_features[name], {}
+        for group, chosen in (groups or {}).items():
+            chosen = chosen.to(x.device)
+            parts[group] = accuracy(heads, x[chosen], test_labels[chosen]).tolist()
         for i, rate in enumerate(rates):
             options = dict(feature=name, lr=rate)
             scores = dict(held_out=held_out[i].mean().item(), top1=test[i].mean().item())
-            results.append(options | scores | dict(targets=test[i].tolist()))
+            scores |= dict(targets=test[i].tolist()) | {group: parts[group][i] for group in parts}
+            results.append(options | scores)
     return sorted(results, key=lambda head: -head["held_out"])
 
 
@@ -516,7 +535,10 @@ def main(argv=None):
     args = parse_args(argv)
     encoder = load_encoder(args.checkpoint)
     data = args.data or encoder.options["data"]
-    (images, labels), (test_images, test_labels), classes, task = open_task(data, args.target)
+    train, test, classes, task = open_task(data, args.target)
+    (images, labels, kinds), (test_images, test_labels, test_kinds) = train, test
+    tail = encoder.options.get("long_tail", 0.0) if data == encoder.options["data"] else 0.0
+    groups = frequency_groups(kinds, test_kinds, tail)
     name = f"linear_eval_{Path(data).name}_{task.split()[-1]}.json"
     out = Path(args.out) if args.out else Path(args.checkpoint).parent / name
     try:
@@ -536,7 +558,7 @@ def main(argv=None):
         scores = labels.to(device), features[1], test_labels.to(device), classes
         training = args.epochs, args.batch_size, args.seed
         rates = NUMBER_RATES if task == "plates number" else LEARNING_RATES
-        results.append(train_heads(features[0], *scores, *training, rates))
+        results.append(train_heads(features[0], *scores, *training, rates, groups))
     (best, *_), (control, *_) = results
     print(f"{'feature':10}{'lr':>6}{'held out':>10}{'test':>7}")
     for head in results[0]:
@@ -550,6 +572,13 @@ def main(argv=None):
     each = " ".join(f"{x:.1f}" for x in best["targets"])
     each = f" ({each})" if len(best["targets"]) > 1 else ""
     print(f"{task}: {best['top1']:.1f}{each}, untrained {control['top1']:.1f} -> {out}")
+    if tail:
+        means = {group: sum(best[group]) / len(best[group]) for group in groups}
+        print(
+            "the tenth of the classes seen most: {frequent:.1f}, the rarer half: {rare:.1f}".format(
+                **means
+            )
+        )
 
 
 if __name__ == "__main__":

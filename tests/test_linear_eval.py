@@ -322,13 +322,39 @@ def test_untrained_is_the_encoder_at_step_0(checkpoint):
 def test_plates_targets(monkeypatch):
     monkeypatch.setattr(linear_eval, "draw_plates", functools.cache(linear_eval.draw_plates))
     for target, shape in dict(digits=3, number=1, count=1, size=1).items():
-        (images, labels), (test, test_labels), classes, task = linear_eval.open_task(
-            "plates", target
-        )
+        train, (test, _, _), classes, task = linear_eval.open_task("plates", target)
+        images, labels, kinds = train
+        assert torch.equal(kinds, torch.arange(1000).repeat_interleave(50))
         assert (len(images), len(test)) == (50000, 10000) and labels.shape == (50000, shape)
         assert classes == dict(digits=10, number=1000, count=4, size=3)[target]
         assert task == f"plates {target}"
     assert linear_eval.open_task("plates", None)[3] == "plates digits"
+
+
+def test_groups_of_frequent_and_of_rare_classes():
+    kinds = torch.tensor([0] * 5 + [1] * 9 + [2] * 5 + [3] * 5 + [4] * 1 + [5] * 5 * 5)
+    kinds = torch.cat([kinds, kinds + 6, kinds[:0] + 9, torch.full((30,), 3)])  # 12 classes
+    test = torch.arange(12).repeat(2)
+    groups = linear_eval.frequency_groups(kinds, test, 0.0)
+    # 3: 35, then 5 and 11: 25, 1 and 7: 9, then 0 is the first of those with 5
+    assert groups["frequent"].nonzero()[:, 0].tolist() == [3, 5, 15, 17]
+    assert groups["rare"].nonzero()[:, 0].tolist() == [2, 4, 6, 8, 9, 10, 14, 16, 18, 20, 21, 22]
+    tail = linear_eval.frequency_groups(torch.arange(20).repeat(50), torch.arange(20), 1.0)
+    assert tail["frequent"].tolist() == [True] * 2 + [False] * 18
+    assert tail["rare"].tolist() == [False] * 10 + [True] * 10
+
+
+def test_heads_are_scored_on_groups_too():
+    rng = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(200, 4, generator=rng), torch.arange(200)[:, None] % 2
+    x[:, 0] = 9.0 * labels[:, 0] - 4.5
+    test = x.clone()
+    test[:50, 0] *= -1  # a quarter of the test set is wrong
+    groups = dict(bad=torch.arange(200) < 50, good=torch.arange(200) >= 50)
+    (best, *_) = linear_eval.train_heads(
+        dict(x=x), labels, dict(x=test), labels, 2, 20, 32, 0, (0.1,), groups
+    )
+    assert (best["bad"], best["good"], best["targets"]) == ([0.0], [100.0], [75.0])
 
 
 def refused(capsys, *argv):

@@ -11,6 +11,7 @@ from PIL import Image
 
 import linear_eval
 import msn
+import pmsn
 import simclr
 import vicreg
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LINES = [s for block in re.findall(r"```bash\n(.*?)```", README, re.S) for s in block.splitlines()]
 TABLE = re.findall(r"^\| `(python [^`]*)`", README, re.M)
-SCRIPTS = {f"{script.__name__}.py": script for script in (simclr, vicreg, msn)}
+SCRIPTS = {f"{script.__name__}.py": script for script in (simclr, vicreg, msn, pmsn)}
 COMMANDS = sorted({line for line in LINES + TABLE if SCRIPTS.keys() & set(shlex.split(line))})
 SHORT = "--steps 2 --hidden 16 --output 8".split()
 VIT = "--dim 16 --depth 1 --heads 2 --num-prototypes 16".split()
@@ -49,12 +50,14 @@ def test_training_commands(command, imagenet, tmp_path, monkeypatch):
     name = next(word for word in words if word in SCRIPTS)
     script, options = SCRIPTS[name], words[words.index(name) + 1 :]
     assert "--steps" not in options
-    short = [*SHORT, *VIT] if script is msn else [*SHORT, "--arch", "small"]
+    short = [*SHORT, *VIT] if script in (msn, pmsn) else [*SHORT, "--arch", "small"]
     if "IMAGENET" in options:  # the recipe's sizes are for GPUs: two images of each view suffice
         options[options.index("IMAGENET")] = str(imagenet)
         short += "--image-size 32 --workers 0".split()
-        short += "--focal-size 16 --focal-views 1".split() if script is msn else ()
-        short += [] if script is msn or "--batch-size" in options else ["--batch-size", "960"]
+        short += "--focal-size 16 --focal-views 1".split() if script in (msn, pmsn) else ()
+        short += (
+            [] if script in (msn, pmsn) or "--batch-size" in options else ["--batch-size", "960"]
+        )
     if "cifar10" in options:  # nothing can be downloaded here: the data are drawn
         monkeypatch.setattr(script, "CIFAR10", Cifar)
     if "--help" in options:
