@@ -357,6 +357,20 @@ def test_heads_are_scored_on_groups_too():
     assert (best["bad"], best["good"], best["targets"]) == ([0.0], [100.0], [75.0])
 
 
+def test_of_a_long_tailed_run_the_groups_are_told(checkpoint, tmp_path, capsys):
+    state, lines = torch.load(checkpoint, weights_only=True), {}
+    for exponent in (0.0, 1.0):
+        state["options"]["long_tail"] = exponent
+        torch.save(state, tmp_path / "tail.pt")
+        out = tmp_path / "tail.json"
+        linear_eval.main([str(tmp_path / "tail.pt"), "--out", str(out), "--workers", "0"])
+        lines[exponent], best = capsys.readouterr().out, json.loads(out.read_text())["best"]
+        assert len(best["frequent"]) == len(best["rare"]) == 1
+    assert "rarer half" not in lines[0.0]
+    frequent, rare = f"{best['frequent'][0]:.1f}", f"{best['rare'][0]:.1f}"
+    assert f"seen most: {frequent}, the rarer half: {rare}\n" in lines[1.0]
+
+
 def refused(capsys, *argv):
     with pytest.raises(SystemExit) as error:
         linear_eval.main(list(map(str, argv)))
