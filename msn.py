@@ -499,7 +499,7 @@ def draw_usage(usage, prior, kl, path):
     shares = [x.double().sort().values.flip(0).clamp(min=floor).log10() for x in (prior, usage)]
     for left, title, curves in (
         (10, "log10 of the share of each prototype, sorted: prior black, use red", shares),
-        (430, "KL(use || prior) over the run, nats", [torch.tensor([0.0, *kl])]),
+        (430, "KL(use || prior) over the run, nats", [torch.tensor(kl)]),
     ):
         low, high = min(y.min() for y in curves), max(y.max() for y in curves)
         pen.text((left, 5), f"{title}; {low:.2f} to {high:.2f}", "black")
@@ -719,7 +719,7 @@ def train(args):
             embeddings, pictures = map(torch.cat, zip(*seen))
             draw_prototypes(msn.prototypes.detach(), embeddings, pictures, out / "prototypes.png")
             history = [json.loads(line)["me_max"] for line in log.read_text().splitlines()]
-            draw_usage(usage, prior, history, out / "prior.png")
+            draw_usage(usage, prior, [*history, kl], out / "prior.png")
         if last:
             break
     bar.close()
