@@ -60,9 +60,7 @@ def parse_args(argv=None):
     p.add_argument("--out", help="JSON file (default: beside the checkpoint)")
     p.add_argument("--epochs", type=int, default=28, help="of the heads")
     p.add_argument("--batch-size", type=int, default=512, help="of the heads; scales their rates")
-    p.add_argument(
-        "--workers", type=int, default=os.cpu_count(), help="loader processes, for files"
-    )
+    p.add_argument("--workers", type=int, default=os.cpu_count(), help="loader processes")
     p.add_argument("--seed", type=int, default=0, help="of the held-out tenth, heads and order")
     args = p.parse_args(argv)
     for name, least in dict(epochs=1, batch_size=2, workers=0, seed=0).items():
@@ -345,6 +343,28 @@ def initialise(module):
             nn.init.zeros_(module.bias)
 
 
+def sincos_position_embedding(dim, grid_size, cls_token=True):
+    """Fixed 2-D embedding -> (1 + N, dim) float64, N = grid_size**2; the first row, 0, is cls's.
+
+    Of the patch in row r, column c: [sin(c w), cos(c w), sin(r w), cos(r w)], w_j = 10000^(-4j/dim)
+    for j from 0; the first half is the column's, as in the official code (util/pos_embed)."""
+    w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    place = torch.arange(grid_size)[:, None] * w  # (g, D / 4)
+    wave = torch.cat([place.sin(), place.cos()], dim=1)  # (g, D / 2)
+    columns, rows = wave.repeat(grid_size, 1), wave.repeat_interleave(grid_size, dim=0)
+    patches = torch.cat([columns, rows], dim=1)  # (N, D)
+    return F.pad(patches, (0, 0, 1, 0)) if cls_token else patches
+
+
+def initialise_mae(module):
+    """The official initial weights: linear Xavier uniform, over the three of qkv at once; bias 0.
+    The patches' convolution as a linear map, its bias as torch has it."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -385,11 +405,14 @@ def load_encoder(path):
 def new_encoder(options):
     """The encoder of a run at its first step, by the run's seed."""
     torch.manual_seed(options["seed"])
-    sizes = "image_size patch_size dim depth heads stem".split()
+    sizes = {n: options[n] for n in "image_size patch_size dim depth heads".split() if n in options}
     if "arch" in options:
         encoder, _ = resnet(options["arch"], options["image_size"])
     else:
-        encoder = VisionTransformer(**{name: options[name] for name in sizes})
+        encoder = VisionTransformer(**sizes, stem=options.get("stem", []))
+    if options["script"] == "mae":
+        encoder.apply(initialise_mae)
+        encoder.pos_embed.data[0] = sincos_position_embedding(options["dim"], encoder.grid)
     encoder.options = options
     return encoder.eval().requires_grad_(False)
 
@@ -471,18 +494,8 @@ def accuracy(heads, x, labels):
     return 100 * torch.stack(right).sum(dim=0) / len(x)
 
 
-def train_heads(
-    features,
-    labels,
-    test_features,
-    test_labels,
-    classes,
-    epochs,
-    batch_size,
-    seed,
-    rates=LEARNING_RATES,
-    groups=None,
-):
+def train_heads(features, labels, test_features, test_labels, classes, epochs, batch_size, seed,
+                rates=LEARNING_RATES, groups=None):  # fmt: skip
     """Train heads on dicts of features (N, D) and labels (N, T), all at once -> a list of results,
     the best on the held-out tenth first: options, held_out, top1, and the top1 of each target, of
     all test images and of groups, a dict of (N,) bool."""
@@ -574,11 +587,8 @@ def main(argv=None):
     print(f"{task}: {best['top1']:.1f}{each}, untrained {control['top1']:.1f} -> {out}")
     if tail:
         means = {group: sum(best[group]) / len(best[group]) for group in groups}
-        print(
-            "the tenth of the classes seen most: {frequent:.1f}, the rarer half: {rare:.1f}".format(
-                **means
-            )
-        )
+        text = "the tenth of the classes seen most: {frequent:.1f}, the rarer half: {rare:.1f}"
+        print(text.format(**means))
 
 
 if __name__ == "__main__":

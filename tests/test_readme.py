@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import linear_eval
+import mae
 import msn
 import pmsn
 import simclr
@@ -19,10 +20,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LINES = [s for block in re.findall(r"```bash\n(.*?)```", README, re.S) for s in block.splitlines()]
 TABLE = re.findall(r"^\| `(python [^`]*)`", README, re.M)
-SCRIPTS = {f"{script.__name__}.py": script for script in (simclr, vicreg, msn, pmsn)}
+SCRIPTS = {f"{script.__name__}.py": script for script in (simclr, vicreg, msn, pmsn, mae)}
 COMMANDS = sorted({line for line in LINES + TABLE if SCRIPTS.keys() & set(shlex.split(line))})
-SHORT = "--steps 2 --hidden 16 --output 8".split()
-VIT = "--dim 16 --depth 1 --heads 2 --num-prototypes 16".split()
+HEAD, VIT = "--hidden 16 --output 8".split(), "--dim 16 --depth 1 --heads 2".split()
+SIAMESE = [*HEAD, *VIT, "--num-prototypes", "16"]
+SHORT = {simclr: [*HEAD, "--arch", "small"], vicreg: [*HEAD, "--arch", "small"]}
+SHORT |= {msn: SIAMESE, pmsn: SIAMESE, mae: [*VIT, *"--decoder-dim 8 --decoder-heads 1".split()]}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def test_training_commands(command, imagenet, tmp_path, monkeypatch):
     name = next(word for word in words if word in SCRIPTS)
     script, options = SCRIPTS[name], words[words.index(name) + 1 :]
     assert "--steps" not in options
-    short = [*SHORT, *VIT] if script in (msn, pmsn) else [*SHORT, "--arch", "small"]
+    short = ["--steps", "2", *SHORT[script]]
     if "IMAGENET" in options:  # the recipe's sizes are for GPUs: two images of each view suffice
         options[options.index("IMAGENET")] = str(imagenet)
         short += "--image-size 32 --workers 0".split()
@@ -80,7 +83,7 @@ class Cifar:
 
 def test_evaluation_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    simclr.main([*SHORT, "--batch-size", "16"])
+    simclr.main([*SHORT[simclr], "--steps", "2", "--batch-size", "16"])
     images, labels = simclr.draw_plates(1, seed=0)
     monkeypatch.setattr(linear_eval, "draw_plates", lambda per_class, seed: (images, labels))
     lines = [line for line in LINES if line.startswith("python linear_eval.py")]

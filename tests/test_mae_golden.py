@@ -1,0 +1,251 @@
+"""mae.py against the official code's numbers: forward, loss, gradients, positions, training."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import mae
+
+GOLDEN = Path(__file__).parent / "golden"
+FORWARD, POSITIONS = np.load(GOLDEN / "mae_forward.npz"), np.load(GOLDEN / "mae_posembed.npz")
+SCHEDULE, TRAJECTORY = (np.load(GOLDEN / f"mae_{x}.npz") for x in ("schedule", "trajectory"))
+TINY = dict(image_size=32, patch_size=8, dim=64, depth=2, heads=2)
+TINY |= dict(decoder_dim=32, decoder_depth=1, decoder_heads=2)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+LOSSES = pytest.mark.parametrize("norm_pix_loss", [False, True], ids=["rawpix", "normpix"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors gain nothing from more, and lose much beside other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def weights(golden, prefix):
+    names = [name for name in golden.files if name.startswith(prefix)]
+    return {name.removeprefix(prefix): torch.from_numpy(golden[name]).float() for name in names}
+
+
+def tensor(golden, name, dtype=torch.float32):
+    return torch.from_numpy(golden[name]).to(dtype)
+
+
+def assert_close(value, golden, atol=0.0, rtol=0.0):
+    np.testing.assert_allclose(value.detach().double(), golden, rtol=rtol, atol=atol)
+
+
+def recorded(dtype, norm_pix_loss=False):
+    """The recorded network, its images and noise."""
+    model = mae.MAE(**TINY, norm_pix_loss=norm_pix_loss)
+    model.load_state_dict(weights(FORWARD, "sd/"))  # strictly
+    return model.to(dtype), tensor(FORWARD, "images", dtype), tensor(FORWARD, "noise")
+
+
+# ---- 1. Network and loss
+
+
+def test_the_network_is_the_official_one():
+    model, images, noise = recorded(torch.float32)
+    loss, pred, mask = model(images, 0.75, noise)
+    order = noise.argsort(dim=1)
+    assert_close(model.encode(images, order[:, :4]), FORWARD["latent"], atol=1e-5)
+    assert_close(pred, FORWARD["pred"], atol=1e-5)
+    assert_close(mask, FORWARD["mask"])
+    assert_close(order.argsort(dim=1), FORWARD["ids_restore"])
+    assert_close(mae.patchify(images, 8), FORWARD["patches"])
+    assert torch.equal(mae.unpatchify(mae.patchify(images, 8), 8), images)
+    assert loss.shape == () and mask.sum(dim=1).tolist() == [12] * 3
+
+
+@DTYPES
+@LOSSES
+def test_loss_and_gradients_are_the_official_ones(norm_pix_loss, dtype):
+    model, images, noise = recorded(dtype, norm_pix_loss)
+    loss, _, _ = model(images, 0.75, noise)
+    loss.backward()
+    kind = "normpix" if norm_pix_loss else "rawpix"
+    exact = dtype == torch.float64
+    assert_close(loss, FORWARD[f"loss_{kind}{'_f64' * exact}"], atol=1e-9 if exact else 2e-6)
+    named = dict(model.named_parameters())
+    trained = {name for name, p in named.items() if p.requires_grad}
+    assert trained == set(FORWARD["grad_names"].tolist())
+    norms = torch.stack([named[name].grad.norm() for name in FORWARD["grad_names"]])
+    assert_close(norms, FORWARD[f"grad_norms_{kind}"], rtol=1e-6 if exact else 1e-4, atol=1e-12)
+    total = FORWARD[f"grad_total_norm_{kind}{'_f64' * exact}"]
+    assert_close(norms.norm(), total, rtol=1e-9 if exact else 1e-5)
+    for name in ("mask_token", "cls_token"):
+        assert_close(named[name].grad, FORWARD[f"grad_{kind}/{name}"], atol=1e-6)
+    first = named["patch_embed.proj.weight"].grad[:4]
+    assert_close(first, FORWARD[f"grad_{kind}/patch_embed.proj.weight_first4"], atol=1e-6)
+
+
+@LOSSES
+def test_loss_of_a_constant_patch_and_of_unequal_masks(norm_pix_loss):
+    images, pred, mask = (tensor(FORWARD, f"loss_only/{x}") for x in ("images", "pred", "mask"))
+    assert len(set(mask.sum(dim=1).tolist())) > 1
+    patches = mae.patchify(images, 8)
+    loss = mae.mae_loss(pred, patches, mask, norm_pix_loss)
+    kind = "normpix" if norm_pix_loss else "rawpix"
+    assert_close(loss, FORWARD[f"loss_only/expected_{kind}"], atol=2e-6)
+    pred[mask == 0] += 9  # what is visible does not matter
+    assert torch.equal(mae.mae_loss(pred, patches, mask, norm_pix_loss), loss)
+
+
+@pytest.mark.parametrize("patches, ratio, kept", [(196, 0.75, 49), (196, 0.6, 78), (81, 0.75, 20)])
+def test_kept_patches_are_rounded_down(patches, ratio, kept):
+    model = mae.MAE(math.isqrt(patches) * 4, 4, 8, 1, 1, 8, 1, 1)
+    side = math.isqrt(patches) * 4
+    loss, pred, mask = model(torch.rand(2, 3, side, side), ratio)
+    assert (mask == 0).sum(dim=1).tolist() == [kept] * 2 and not torch.equal(mask[0], mask[1])
+    assert pred.shape == (2, patches, 48) and loss.isfinite()
+
+
+def test_removed_patches_do_not_reach_the_prediction():
+    model, images, noise = recorded(torch.float32)
+    _, pred, mask = model(images, 0.75, noise)
+    patches = mae.patchify(images, 8)
+    patches[mask == 1] = torch.randn(int(mask.sum()), 192)
+    _, other, _ = model(mae.unpatchify(patches, 8), 0.75, noise)
+    assert torch.equal(pred, other)
+    patches[mask == 0] += 1
+    assert (model(mae.unpatchify(patches, 8), 0.75, noise)[1] - pred).abs().min() > 0
+
+
+def test_positions_are_the_official_ones():
+    assert_close(mae.sincos_position_embedding(64, 4), POSITIONS["pos_d64_g4_cls"], atol=1e-12)
+    patches = mae.sincos_position_embedding(192, 14, cls_token=False)
+    assert_close(patches, POSITIONS["pos_d192_g14"], atol=1e-6)
+    rows = patches[tensor(POSITIONS, "pos_d192_g14_rows", torch.long)]
+    assert_close(rows, POSITIONS["pos_d192_g14_rows_f64"], atol=1e-12)
+    model = mae.MAE(**TINY)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        own = model.state_dict()[name]
+        assert own.dtype == torch.float32 and not model.get_parameter(name).requires_grad
+        assert_close(own, FORWARD[f"sd/{name}"], atol=1e-6)
+
+
+def test_initial_weights():
+    torch.manual_seed(0)
+    model = mae.MAE(32, 4, 192, 1, 3, 96, 1, 3)
+    for name, weight in model.named_parameters():
+        if not weight.requires_grad:
+            continue
+        if "norm" in name:
+            assert (weight == float(name.endswith("weight"))).all(), name
+        elif name == "patch_embed.proj.bias":  # torch's own, not 0
+            assert 0.5 / 48**0.5 < weight.abs().max() <= 1 / 48**0.5
+        elif name.endswith("bias"):
+            assert not weight.any(), name
+        elif "token" in name:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.25), name
+        else:  # Xavier, uniform
+            bound = (6 / (len(weight) + weight[0].numel())) ** 0.5
+            assert 0.98 * bound < weight.abs().max() <= bound, name
+
+
+def test_parameter_counts_and_released_layouts():
+    """ViT-B: the official counts, and timm takes the encoder."""
+    with torch.device("meta"):
+        model = mae.MAE()
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    assert sum(trained.values()) == 111_655_680
+    encoder = {name for name in trained if not name.startswith(("decoder", "mask"))}
+    assert sum(trained[name] for name in encoder) == 85_647_360
+    groups = mae.decay_groups(model)
+    assert [len(group["params"]) for group in groups] == [85, 167]
+    with torch.device("meta"):
+        theirs = timm.create_model("vit_base_patch16_224", num_classes=0).state_dict()
+    own = mae.encoder_state(model)
+    assert {n: x.shape for n, x in own.items()} == {n: x.shape for n, x in theirs.items()}
+
+
+def test_timm_computes_the_same_features():
+    model = mae.MAE(**TINY)
+    sizes = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=0)
+    theirs = timm.models.VisionTransformer(**sizes).eval()
+    theirs.load_state_dict(mae.encoder_state(model))
+    images = torch.rand(2, 3, 32, 32)
+    tokens = model.encode(images, torch.arange(16).expand(2, -1))
+    torch.testing.assert_close(theirs.forward_features(images), tokens, rtol=1e-5, atol=1e-5)
+
+
+# ---- 2. Optimiser, schedule, training
+
+
+def test_schedules_are_the_official_ones():
+    names = [str(name) for name in SCHEDULE["config_fields"]]
+    for case in "ABC":
+        config = dict(zip(names, SCHEDULE[f"{case}_config"].tolist(), strict=True))
+        images = config["batch_per_device"] * config["accum_iter"] * config["world_size"]
+        peak, per_epoch = config["blr"] * images / 256, int(config["iters_per_epoch"])
+        horizon = (
+            config["warmup_epochs"] * per_epoch,
+            config["epochs"] * per_epoch,
+            peak,
+            config["min_lr"],
+        )
+        if case == "C":
+            steps, expected = SCHEDULE["C_iters"], SCHEDULE["C_lr"]
+        else:
+            assert peak == pytest.approx(SCHEDULE[f"{case}_peak"].item(), abs=1e-12)
+            expected = SCHEDULE[f"{case}_lr_per_iter"]
+            steps = np.arange(len(expected))
+            steps = (
+                steps // per_epoch * per_epoch
+                + steps % per_epoch // int(config["accum_iter"]) * config["accum_iter"]
+            )
+        rates = [mae.learning_rate(int(step), *horizon) for step in steps]
+        np.testing.assert_allclose(rates, expected, rtol=1e-9 * (case == "C"), atol=1e-12)
+    assert mae.learning_rate(0, *horizon) == 0
+
+
+@DTYPES
+def test_six_training_steps_are_the_official_ones(dtype):
+    names = [str(name) for name in TRAJECTORY["hparam_names"]]
+    options = dict(zip(names, TRAJECTORY["hparams"].tolist(), strict=True))
+    model = mae.MAE(**TINY, norm_pix_loss=True)
+    model.load_state_dict(weights(TRAJECTORY, "sd0/"))
+    model.to(dtype)
+    groups = mae.decay_groups(model)
+    named = dict(model.named_parameters())
+    for key, group in zip(("decay_names", "no_decay_names"), groups, strict=True):
+        members = {id(p) for p in group["params"]}
+        assert {n for n, p in named.items() if id(p) in members} == set(TRAJECTORY[key].tolist())
+    optimizer = mae.optimizer_of(model, options["weight_decay"])
+    assert optimizer.defaults["betas"] == (options["beta1"], options["beta2"])
+    assert optimizer.defaults["eps"] == options["adam_eps"]
+    per_epoch, exact = int(options["iters_per_epoch"]), "_f64" * (dtype == torch.float64)
+    horizon = (
+        options["warmup_epochs"] * per_epoch,
+        options["epochs"] * per_epoch,
+        options["peak_lr"],
+        0.0,
+    )
+    for step in range(6):
+        lr = mae.learning_rate(step, *horizon)
+        assert lr == pytest.approx(TRAJECTORY["lrs"][step], abs=1e-12)
+        images, noise = (tensor(TRAJECTORY, x)[step] for x in ("images", "noise"))
+        before = torch.stack([named[n].norm() for n in TRAJECTORY["param_names"]])
+        assert_norms(before, TRAJECTORY[f"param_norms{exact}"][step])
+        terms, pred, mask = mae.mae_step(model, optimizer, images.to(dtype), noise, lr)
+        norm, loss = terms
+        assert_close(loss, TRAJECTORY[f"losses{exact}"][step], atol=1e-7 if exact else 1e-5)
+        assert_close(norm, TRAJECTORY[f"grad_norms{exact}"][step], rtol=1e-6 if exact else 1e-4)
+    after = torch.stack([named[n].norm() for n in TRAJECTORY["param_names"]])
+    assert_norms(after, TRAJECTORY[f"param_norms{exact}"][6])
+    for name in "cls_token mask_token patch_embed.proj.bias decoder_pred.bias norm.weight".split():
+        assert_close(named[name], TRAJECTORY[f"final/{name}"], atol=1e-5)
+
+
+def assert_norms(norms, expected):
+    """The gradient of the keys' bias is rounding, which Adam magnifies."""
+    rounding = np.array([n.endswith("attn.qkv.bias") for n in TRAJECTORY["param_names"]])
+    assert_close(norms[~rounding], expected[~rounding], rtol=2e-4, atol=1e-12)
+    assert_close(norms[rounding], expected[rounding], rtol=1e-3, atol=1e-12)
