@@ -311,6 +311,83 @@ class VisionTransformer(nn.Module):
         return self.norm(self.blocks(x)[:, 0])
 
 
+class RelativeBlock(nn.Module):
+    """Transformer block of BEiT with timm's parameter names: pre-norm, no bias of keys, branches
+    scaled by gamma. x (B, N, D); bias (heads, N, N) of the logits, query by key; paths: a factor
+    of each branch and image (2, B, 1, 1), or None -> (B, N, D)."""
+
+    def __init__(self, dim, heads, layer_scale):
+        super().__init__()
+        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        qkv, proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
+        self.attn = nn.ModuleDict(dict(qkv=qkv, proj=proj))
+        self.attn.q_bias = nn.Parameter(torch.zeros(dim))
+        self.attn.v_bias = nn.Parameter(torch.zeros(dim))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+
+    def forward(self, x, bias, paths=None, dropout=0.0):
+        first, second = (1.0, 1.0) if paths is None else paths
+        q_bias, v_bias = self.attn.q_bias, self.attn.v_bias
+        biases = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
+        qkv = F.linear(self.norm1(x), self.attn["qkv"].weight, biases)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None], dropout)
+        x = x + first * self.gamma_1 * self.attn["proj"](mixed.transpose(1, 2).flatten(2))
+        return x + second * self.gamma_2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class BeiT(nn.Module):
+    """ViT with one relative position bias for all blocks instead of absolute positions, with timm's
+    parameter names. images (B, 3, H, W) -> outputs of all blocks, (B, 1 + N, D) each, cls first.
+
+    mask (B, N) bool: patches to replace by token (1, 1, D); paths (depth, 2, B, 1, 1) and dropout
+    of the attention: random depth and noise, none by default."""
+
+    def __init__(
+        self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, layer_scale=1e-4
+    ):
+        super().__init__()
+        g = self.grid = image_size // patch_size
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.blocks = nn.ModuleList(RelativeBlock(dim, heads, layer_scale) for _ in range(depth))
+        self.norm, self.rel_pos_bias = nn.LayerNorm(dim, 1e-6), nn.Module()
+        table = nn.Parameter(torch.zeros((2 * g - 1) ** 2 + 3, heads))
+        self.rel_pos_bias.relative_position_bias_table = table
+        place = torch.stack([torch.arange(g).repeat_interleave(g), torch.arange(g).repeat(g)])
+        row, column = place[:, :, None] - place[:, None] + g - 1  # (N, N) each, query by key
+        index = F.pad(row * (2 * g - 1) + column, (1, 0, 1, 0))
+        index[0], index[:, 0], index[0, 0] = len(table) - 3, len(table) - 2, len(table) - 1  # cls
+        self.register_buffer("index", index, persistent=False)
+        self.apply(initialise_beit)
+        nn.init.trunc_normal_(self.cls_token, std=0.02, a=-0.02, b=0.02)
+        for number, block in enumerate(self.blocks, 1):  # the sum of branches grows by depth
+            for layer in (block.attn["proj"], block.mlp["fc2"]):
+                layer.weight.data *= (2 * number) ** -0.5
+
+    def forward(self, images, mask=None, token=None, paths=None, dropout=0.0):
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B, N, D)
+        if mask is not None:
+            x = torch.where(mask[:, :, None], token.to(x), x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        bias = self.rel_pos_bias.relative_position_bias_table[self.index].permute(2, 0, 1)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, bias, None if paths is None else paths[i], dropout)
+            outputs.append(x)
+        return outputs
+
+
+def initialise_beit(module):
+    """The official initial weights: truncated normal 0.02, cut at one deviation; bias 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 ARCHITECTURES = dict(resnet50=models.resnet50, resnet18=models.resnet18, small=None)
 
 
@@ -405,9 +482,12 @@ def load_encoder(path):
 def new_encoder(options):
     """The encoder of a run at its first step, by the run's seed."""
     torch.manual_seed(options["seed"])
-    sizes = {n: options[n] for n in "image_size patch_size dim depth heads".split() if n in options}
+    names = "image_size patch_size dim depth heads layer_scale"
+    sizes = {name: options[name] for name in names.split() if name in options}
     if "arch" in options:
         encoder, _ = resnet(options["arch"], options["image_size"])
+    elif options["script"] == "data2vec":
+        encoder = BeiT(**sizes)
     else:
         encoder = VisionTransformer(**sizes, stem=options.get("stem", []))
     if options["script"] == "mae":
@@ -442,8 +522,8 @@ def encode(encoder, images, workers=0):
         found = dict(pooled=encoder(x))
         if blocks:
             tokens = [encoder.norm(x) for x in outputs]  # (B, 1 + N, D) each
-            cls4 = torch.cat([x[:, 0] for x in tokens], dim=1)
-            found = dict(cls=found["pooled"], cls4=cls4, patches=tokens[-1][:, 1:].mean(dim=1))
+            cls4, patches = torch.cat([x[:, 0] for x in tokens], dim=1), tokens[-1][:, 1:]
+            found = dict(cls=tokens[-1][:, 0], cls4=cls4, patches=patches.mean(dim=1))
         parts.append(found)
     for hook in hooks:
         hook.remove()

@@ -1,0 +1,294 @@
+"""data2vec.py against the official code's numbers: masks, targets, loss, network, training."""
+
+import copy
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import data2vec
+
+GOLDEN = Path(__file__).parent / "golden"
+MASKS, TARGETS, FORWARD, EMA, TRAJECTORY = (
+    np.load(GOLDEN / f"data2vec_{x}.npz")
+    for x in ("masks", "targets", "forward", "ema", "trajectory")
+)
+TINY = dict(image_size=32, patch_size=8, dim=40, depth=4, heads=4)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
+OTHER_NORMS = "postln_only perlayerln_only instnorm_then_perlayerln plain_average".split()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Small tensors gain nothing from more, and lose much beside other programs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def ours(name):
+    """The name of an official tensor in Data2Vec."""
+    return name if name.startswith(("mask_token", "lm_head")) else f"encoder.{name}"
+
+
+def recorded(golden, prefix, dtype):
+    """The network of recorded weights, loaded strictly."""
+    names = [name for name in golden.files if name.startswith(prefix) and "index" not in name]
+    tensors = {ours(n.removeprefix(prefix)): torch.from_numpy(golden[n]).float() for n in names}
+    model = data2vec.Data2Vec(**TINY)
+    model.load_state_dict(tensors)
+    return model.to(dtype)
+
+
+def tensor(golden, name, dtype=torch.float32):
+    return torch.from_numpy(golden[name]).to(dtype)
+
+
+def assert_close(value, golden, atol=0.0, rtol=0.0):
+    np.testing.assert_allclose(value.detach().double(), golden, rtol=rtol, atol=atol)
+
+
+# ---- 1. Masks
+
+
+def test_masks_are_the_official_ones_draw_by_draw():
+    for seed, expected in zip(MASKS["example_seeds"], MASKS["example_masks"]):
+        random.seed(int(seed))
+        mask = data2vec.block_mask(14, 120)
+        assert mask.dtype == torch.bool and mask.shape == (14, 14)
+        assert_close(mask, expected)
+        assert torch.equal(data2vec.block_mask(14, 120, rng=random.Random(int(seed))), mask)
+    random.seed(0)
+    masks = torch.stack([data2vec.block_mask(14, 120) for _ in range(2000)])
+    assert_close(masks.sum(dim=(1, 2)), MASKS["official/counts"])
+    assert_close(masks.double().mean(dim=0), MASKS["official/position_frequency"], atol=1e-9)
+    random.seed(0)
+    fewer = [int(data2vec.block_mask(14, 75).sum()) for _ in range(2000)]
+    np.testing.assert_array_equal(fewer, MASKS["beit75/counts"])
+
+
+def test_a_mask_is_a_function_of_seed_step_and_place_in_the_global_batch():
+    class Crops:
+        def __init__(self, rank, seed=0):
+            self.seed, self.rank = seed, rank
+
+        def __getitem__(self, item):
+            return [item] if item[0] < 9 else "broken.jpg: unreadable"
+
+    def masks(rank, step, count, seed=0):
+        return data2vec.MaskedViews(Crops(rank, seed), 8, 39, 4)[step, range(count)][1]
+
+    whole = masks(0, 3, 6)
+    assert whole.shape == (6, 64) and whole.dtype == torch.bool and len(whole.unique(dim=0)) == 6
+    assert torch.equal(whole, torch.cat([masks(0, 3, 3), masks(1, 3, 3)]))
+    assert not torch.equal(whole, masks(0, 4, 6)) and not torch.equal(whole, masks(0, 3, 6, 1))
+    assert data2vec.MaskedViews(Crops(0), 8, 39, 4)[9, [1]] == "broken.jpg: unreadable"
+
+
+# ---- 2. Targets and loss
+
+
+def test_targets_and_loss_are_the_official_ones():
+    layers, mask = tensor(TARGETS, "teacher_layers"), tensor(TARGETS, "mask", torch.bool).flatten(1)
+    pred = tensor(TARGETS, "predictions").requires_grad_()
+    target = data2vec.data2vec_targets(layers)
+    assert target.dtype == torch.float32
+    assert_close(target, TARGETS["target_all/official"], atol=1e-5)
+    assert torch.equal(data2vec.data2vec_targets(list(layers)), target)
+    assert_close(target[mask], TARGETS["target_masked/official"], atol=1e-5)
+    loss = data2vec.data2vec_loss(pred[mask], target[mask])
+    assert_close(loss, TARGETS["loss_beta2/official"], atol=2e-6)
+    loss.backward()
+    assert_close(pred.grad, TARGETS["grad_beta2/official"], atol=1e-7)
+    loss = data2vec.data2vec_loss(pred[mask], target[mask], beta=0.12)
+    assert_close(loss, TARGETS["loss_beta0p12/official"], atol=1e-5)
+    eight = data2vec.data2vec_targets(layers, top_k=8)[mask]
+    assert_close(
+        data2vec.data2vec_loss(pred[mask], eight), TARGETS["loss_beta2/official_K8"], atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("other", OTHER_NORMS)
+def test_other_normalisations_are_told_apart(other):
+    mask = tensor(TARGETS, "mask", torch.bool).flatten(1)
+    target = data2vec.data2vec_targets(tensor(TARGETS, "teacher_layers"))
+    loss = data2vec.data2vec_loss(tensor(TARGETS, "predictions")[mask], target[mask])
+    assert abs(loss.item() - TARGETS[f"loss_beta2/{other}"]) > 1e-3
+    assert abs(target.numpy() - TARGETS[f"target_all/{other}"]).max() > 1e-2
+
+
+def test_the_loss_is_that_of_a_loop_and_of_float32_at_least():
+    pred, target = torch.randn(2, 50, 7, dtype=torch.float64) * 2
+    gaps = [abs(a - b) for a, b in zip(pred.flatten().tolist(), target.flatten().tolist())]
+    mean = sum(d * d / 4 if d < 2 else d - 1 for d in gaps) / len(gaps)
+    assert data2vec.data2vec_loss(pred, target).item() == pytest.approx(mean, rel=1e-12)
+    assert data2vec.data2vec_loss(pred.bfloat16(), target.float()).dtype == torch.float32
+    assert data2vec.data2vec_targets(torch.randn(3, 2, 5, 8).bfloat16(), 2).dtype == torch.float32
+
+
+# ---- 3. Network
+
+
+@DTYPES
+def test_the_network_is_the_official_one(dtype):
+    images, mask = tensor(FORWARD, "images", dtype), tensor(FORWARD, "mask", torch.bool).flatten(1)
+    student = recorded(FORWARD, "student/", dtype)
+    target = recorded(FORWARD, "teacher/", dtype)
+    encoder = student.encoder
+    assert_close(encoder.index, FORWARD["relative_position_index"])
+    bias = encoder.rel_pos_bias.relative_position_bias_table[encoder.index].permute(2, 0, 1)
+    assert_close(bias, FORWARD["rel_pos_bias_student"])
+    layers = target.encoder(images)
+    patches = torch.stack([x[:, 1:] for x in layers])
+    assert_close(patches, FORWARD["teacher_layers"], atol=2e-5)
+    everywhere = torch.ones_like(mask)
+    hidden = encoder.norm(encoder(images, mask, student.mask_token)[-1][:, 1:])
+    assert_close(student.lm_head(hidden), FORWARD["student_pred_all"], atol=2e-5)
+    assert student(images, everywhere).shape == (48, 40)
+    pred = student(images, mask)
+    assert_close(pred, FORWARD["pred_masked"], atol=2e-5)
+    y = data2vec.data2vec_targets(layers, top_k=3)[mask]
+    assert_close(y, FORWARD["target_masked"], atol=2e-5)
+    loss = data2vec.data2vec_loss(pred, y)
+    assert_close(loss, FORWARD["loss_f64"], atol=2e-6)
+    loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters()}
+    norms = torch.stack([gradients[ours(name)].norm() for name in FORWARD["grad_names"]])
+    assert_close(norms, FORWARD["grad_norms_f64"], rtol=1e-4)
+    for name in ("mask_token", "rel_pos_bias.relative_position_bias_table"):
+        assert_close(gradients[ours(name)], FORWARD[f"grad/{name}"], atol=1e-6)
+
+
+def test_sizes_names_and_initial_weights_are_the_official_ones():
+    with torch.device("meta"):
+        model = data2vec.Data2Vec(image_size=224)
+    assert sum(p.numel() for p in model.parameters()) == 86_256_720
+    torch.manual_seed(0)
+    model = data2vec.Data2Vec(image_size=32, patch_size=4, dim=192, depth=3, heads=3)
+    encoder = model.encoder
+    for weight in (encoder.patch_embed["proj"].weight, encoder.blocks[0].attn["qkv"].weight):
+        assert weight.std().item() == pytest.approx(0.0108, rel=0.03) and weight.abs().max() <= 0.02
+    for number, block in enumerate(encoder.blocks, 1):
+        for layer in (block.attn["proj"], block.mlp["fc2"]):
+            limit = 0.02 / math.sqrt(2 * number)
+            assert 0.99 * limit < layer.weight.abs().max() <= limit * 1.000001
+            assert not layer.bias.any()
+        assert (block.gamma_1 == 1e-4).all() and (block.gamma_2 == 1e-4).all()
+        assert not block.attn.q_bias.any() and not block.attn.v_bias.any()
+    assert not encoder.rel_pos_bias.relative_position_bias_table.any()
+    for token in (encoder.cls_token, model.mask_token, model.lm_head.weight):
+        assert 0 < token.abs().max() <= 0.02
+    assert not encoder.patch_embed["proj"].bias.any() and not model.lm_head.bias.any()
+
+
+def test_timm_has_the_same_encoder():
+    options = dict(img_size=32, patch_size=8, embed_dim=40, depth=4, num_heads=4, num_classes=0)
+    options |= dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
+    theirs = timm.models.beit.Beit(**options, global_pool="token").eval()
+    encoder = recorded(FORWARD, "student/", torch.float32).encoder
+    theirs.load_state_dict(encoder.state_dict())  # strictly
+    images = tensor(FORWARD, "images")
+    expected = theirs.forward_features(images)
+    torch.testing.assert_close(encoder.norm(encoder(images)[-1]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_random_depth_drops_branches_and_keeps_their_mean():
+    torch.manual_seed(0)
+    factors = data2vec.drop_paths(torch.rand(5, 2, 40_000), 0.4)
+    assert factors.shape == (5, 2, 40_000, 1, 1) and (factors[0] == 1).all()
+    for factor, rate in zip(factors, (0, 0.1, 0.2, 0.3, 0.4)):
+        assert sorted(factor.unique().tolist()) == pytest.approx(
+            sorted({0, 1 / (1 - rate)} if rate else {1})
+        )
+        assert (factor == 0).double().mean().item() == pytest.approx(rate, abs=0.01)
+        assert factor.mean().item() == pytest.approx(1, abs=0.01)
+    encoder, images = (
+        recorded(FORWARD, "student/", torch.float64).encoder,
+        torch.randn(2, 3, 32, 32),
+    )
+    images = images.double()
+    paths = torch.ones(4, 2, 2, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(encoder(images, paths=paths)[-1], encoder(images)[-1])
+    paths[3, :, 1] = 0  # the second image leaves out the last block
+    outputs = encoder(images, paths=paths)
+    assert torch.equal(outputs[3][1], outputs[2][1]) and not torch.equal(
+        outputs[3][0], outputs[2][0]
+    )
+    noisy = [encoder(images, dropout=0.5)[-1] for _ in range(2)]
+    assert not torch.equal(*noisy)
+
+
+# ---- 4. Schedules and training
+
+
+def rates(count, **options):
+    steps = [data2vec.schedules_of(i, **options) for i in range(count)]
+    return torch.tensor([[x["lr"], x["ema"]] for x in steps], dtype=torch.float64).T
+
+
+def test_schedules_are_the_official_ones():
+    peak, low, epochs, per_epoch, warmup = EMA["lr_cosine_config"].tolist()
+    options = dict(lr=peak, final_lr=low, ema=[0.999, 0.9998])
+    total, warmup = int(epochs * per_epoch), int(warmup * per_epoch)
+    lr, decay = rates(40, warmup=warmup, steps=total, anneal=12, **options)
+    assert_close(lr, EMA["lr_cosine"], atol=1e-12)
+    kept = [*range(12), *range(15, 20)]  # between, the official code keeps its last value
+    assert_close(decay[kept], EMA["anneal_decay"][kept], atol=1e-9)
+    _, decay = rates(20, warmup=warmup, steps=total, anneal=20, **options)
+    assert_close(decay, EMA["anneal_to_end_decay"], atol=1e-9)
+    _, decay = rates(10, warmup=warmup, steps=total, anneal=0, **options)
+    assert_close(decay, EMA["vitb_recipe_decay"], atol=1e-9)
+    paper = data2vec.PAPER
+    horizon = dict(warmup=6250, steps=800 * 625, anneal=0, ema=paper["ema"])
+    lr = [
+        data2vec.schedules_of(i, **horizon, lr=paper["lr"], final_lr=paper["final_lr"])["lr"]
+        for i in EMA["vitb_lr_iters"].tolist()
+    ]
+    assert_close(torch.tensor(lr, dtype=torch.float64), EMA["vitb_lr"], rtol=1e-9)
+    for warmup in (0, 1):
+        lr, _ = rates(4, warmup=warmup, steps=4, anneal=0, **options)
+        assert lr[warmup] == peak and lr.isfinite().all()
+
+
+@DTYPES
+def test_six_steps_are_the_official_ones(dtype):
+    names = [str(name) for name in TRAJECTORY["hparam_names"]]
+    h = dict(zip(names, TRAJECTORY["hparams"].tolist()))
+    model = recorded(TRAJECTORY, "sd0/", dtype)
+    target = copy.deepcopy(model).requires_grad_(False)
+    groups = data2vec.beit_groups(model)
+    named = {p: name.removeprefix("encoder.") for name, p in model.named_parameters()}
+    for group, kind in zip(groups, ("decay_names", "no_decay_names")):
+        assert {named[p] for p in group["params"]} == set(TRAJECTORY[kind].tolist())
+    assert "weight_decay" not in groups[0] and groups[1]["weight_decay"] == 0
+    optimizer = torch.optim.AdamW(groups, 0.0, weight_decay=h["weight_decay"], fused=True)
+    horizon = dict(warmup=int(h["warmup_epochs"] * h["iters_per_epoch"]), steps=6)
+    horizon |= dict(lr=h["peak_lr"], final_lr=h["min_lr"], anneal=h["ema_start_at"])
+    horizon |= dict(ema=[h["ema_decay_init"], h["ema_decay_end"]])
+    networks = (model, "student"), (target, "teacher")
+    suffix, precise = ("_f64", dtype == torch.float64) if dtype == torch.float64 else ("", False)
+    for step in range(6):
+        images = tensor(TRAJECTORY, "images", dtype)[step]
+        mask = tensor(TRAJECTORY, "mask", torch.bool)[step].flatten(1)
+        now = data2vec.schedules_of(step, **horizon)
+        assert now["lr"] == pytest.approx(TRAJECTORY["lrs"][step], abs=1e-12)
+        terms = data2vec.data2vec_step(
+            model, target, optimizer, images, mask, **now, clip=h["clip_norm"], top_k=3
+        )
+        norm, loss, _ = terms
+        assert_close(loss, TRAJECTORY[f"losses{suffix}"][step], atol=2e-6 if precise else 1e-5)
+        assert_close(norm, TRAJECTORY[f"grad_norms_before_clip{suffix}"][step], rtol=1e-4)
+        for network, kind in networks:
+            tensors = dict(network.named_parameters())
+            norms = [tensors[ours(name)].norm() for name in TRAJECTORY["param_names"]]
+            expected = TRAJECTORY[f"{kind}_norms{suffix}"][step + 1]
+            assert_close(torch.stack(norms), expected, rtol=1e-4)
+    for network, kind in networks:
+        tensors = dict(network.named_parameters())
+        for name in ("mask_token", "lm_head.bias", "norm.weight", "cls_token"):
+            assert_close(tensors[ours(name)], TRAJECTORY[f"final_{kind}/{name}"], atol=1e-5)
