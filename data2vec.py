@@ -76,8 +76,8 @@ RECIPES = {
     "cifar10": SMALL,
     "cifar100": SMALL,
     "plates": SMALL | dict(
-        flip=0.0, crop=[0.6, 1.0], jitter=[0.0] * 4, standardise=True, epochs=5, warmup=0.5,
-        ema_anneal=3.0,
+        patch_size=8, num_masked=9, min_block=2, flip=0.0, crop=[0.6, 1.0], jitter=[0.0] * 4,
+        standardise=True, epochs=8, warmup=0.5, ema_anneal=3.0,
     ),
 }  # fmt: skip
 

@@ -67,7 +67,8 @@ RECIPES = {
     "cifar10": SMALL,
     "cifar100": SMALL,
     "plates": SMALL | dict(
-        crop=[0.6, 1.0], flip=0.0, standardise=True, epochs=6, warmup=0.5,
+        patch_size=8, batch_size=64, base_lr=4e-3, crop=[0.6, 1.0], flip=0.0, standardise=True,
+        epochs=8, warmup=0.5,
     ),
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data2vec
 import linear_eval
 import mae
 import msn
@@ -20,11 +21,12 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 LINES = [s for block in re.findall(r"```bash\n(.*?)```", README, re.S) for s in block.splitlines()]
 TABLE = re.findall(r"^\| `(python [^`]*)`", README, re.M)
-SCRIPTS = {f"{script.__name__}.py": script for script in (simclr, vicreg, msn, pmsn, mae)}
+SCRIPTS = {f"{script.__name__}.py": script for script in (simclr, vicreg, msn, pmsn, mae, data2vec)}
 COMMANDS = sorted({line for line in LINES + TABLE if SCRIPTS.keys() & set(shlex.split(line))})
 HEAD, VIT = "--hidden 16 --output 8".split(), "--dim 16 --depth 1 --heads 2".split()
 SIAMESE = [*HEAD, *VIT, "--num-prototypes", "16"]
 SHORT = {simclr: [*HEAD, "--arch", "small"], vicreg: [*HEAD, "--arch", "small"]}
+SHORT |= {data2vec: "--dim 16 --depth 2 --heads 2 --top-k 1".split()}
 SHORT |= {msn: SIAMESE, pmsn: SIAMESE, mae: [*VIT, *"--decoder-dim 8 --decoder-heads 1".split()]}
 
 
@@ -58,6 +60,7 @@ def test_training_commands(command, imagenet, tmp_path, monkeypatch):
         options[options.index("IMAGENET")] = str(imagenet)
         short += "--image-size 32 --workers 0".split()
         short += "--focal-size 16 --focal-views 1".split() if script in (msn, pmsn) else ()
+        short += "--num-masked 3 --min-block 1".split() if script is data2vec else ()
         short += (
             [] if script in (msn, pmsn) or "--batch-size" in options else ["--batch-size", "960"]
         )
