@@ -7,11 +7,16 @@
     python linear_eval.py runs/msn/checkpoint.pt                      the checkpoint's own data
     python linear_eval.py runs/msn/checkpoint.pt --data FOLDER        train/CLASS/*, val/CLASS/*
     python linear_eval.py runs/msn/checkpoint.pt --target count       of plates: discs, not digits
+    python linear_eval.py runs/msn/checkpoint.pt --data CLEVR_v1.0 --target dist
+
+Folders as published are known by their files: CLEVR (targets count, dist), KITTI's object benchmark
+(dist), Places205, iNaturalist 2018. ImageNet and others: train/CLASS/*, val/CLASS/*.
 
 Features of whole, unaugmented images are computed once. On them several heads are trained at once,
 each with its own feature and learning rate, by VISSL's recipe: BatchNorm and Linear, SGD, Nesterov
 momentum 0.9, weight decay 5e-4, 28 epochs, learning rate 0.01 for a batch of 256, scaled with the
-batch, divided by 10 at epochs 8, 16 and 24; larger rates besides, since small features need them.
+batch, divided by 10 at epochs 8, 16 and 24 (CLEVR: 50 and 100 epochs, cosine; iNaturalist 84,
+Places205 14); larger rates besides, since small features need them.
 The best head is chosen on a tenth of the training set that no head saw; the test set is used once.
 The untrained encoder is the control.
 In shapes: N images, B a batch, D features, L learning rates, T targets an image, C classes.
@@ -20,6 +25,7 @@ In shapes: N images, B a batch, D features, L learning rates, T targets an image
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -42,6 +48,7 @@ from tqdm import tqdm
 LEARNING_RATES = (0.01, 0.1, 0.5)  # at batch 256; the first is VISSL's
 NUMBER_RATES = (0.5,)  # of the 1,000 numbers: three take minutes; lower ones lag far behind
 IN_MEMORY = ("plates", "cifar10", "cifar100")
+EPOCHS = {"clevr count": 50, "clevr dist": 100, "inat18 class": 84, "places205 class": 14}  # or 28
 
 
 def fail(message, everywhere=False):
@@ -56,15 +63,15 @@ def parse_args(argv=None):
     p.error = fail
     p.add_argument("checkpoint", help="checkpoint.pt of a run")
     p.add_argument("--data", help="plates, cifar10, cifar100 or a folder (default: the run's)")
-    p.add_argument("--target", help="of plates: digits (default), number, count or size")
+    p.add_argument("--target", help="plates: digits, number, count or size; CLEVR: count or dist")
     p.add_argument("--out", help="JSON file (default: beside the checkpoint)")
-    p.add_argument("--epochs", type=int, default=28, help="of the heads")
+    p.add_argument("--epochs", type=int, help="of the heads (default: VISSL's)")
     p.add_argument("--batch-size", type=int, default=512, help="of the heads; scales their rates")
     p.add_argument("--workers", type=int, default=os.cpu_count(), help="loader processes")
     p.add_argument("--seed", type=int, default=0, help="of the held-out tenth, heads and order")
     args = p.parse_args(argv)
     for name, least in dict(epochs=1, batch_size=2, workers=0, seed=0).items():
-        if getattr(args, name) < least:
+        if getattr(args, name) is not None and getattr(args, name) < least:
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: give at least {least}")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         fail("WORLD_SIZE: linear_eval.py runs as one process: start it with python, not torchrun")
@@ -150,11 +157,12 @@ def normalise(image, standardise):
 
 class PlainImages(Dataset):
     """Whole images, unaugmented: (3, size, size) uint8, or a message if a file is unreadable. Files
-    are resized to 8/7 of size (256 for 224) and cropped to the centre."""
+    are resized to 8/7 of size (256 for 224) and cropped to the centre, or squashed to a square."""
 
-    def __init__(self, images, size):
+    def __init__(self, images, size, squash=False):
         self.images, self.size = images, size
         self.shape = v2.Compose([v2.Resize(size * 8 // 7), v2.CenterCrop(size)])
+        self.shape = v2.Resize((size, size)) if squash else self.shape
 
     def __len__(self):
         return len(self.images)
@@ -196,10 +204,55 @@ def kitti_dist(label_lines):
     return sum(z > edge for edge in (8, 20, 999))
 
 
+def layout_of(data):
+    """Which of the study's data sets a folder holds, as published, or "" for any other."""
+    kinds = dict(clevr="scenes", kitti="training/label_2", places205="trainvalsplit_places205")
+    kinds |= dict(inat18="train2018.json")
+    found = [kind for kind, name in kinds.items() if (Path(data) / name).exists()]
+    return found[0] if found and data not in IN_MEMORY else ""
+
+
+def open_study(data, layout, split):
+    """Paths of N images and labels, a dict of (N,), of a data set that open_data does not know.
+
+    CLEVR: scenes/CLEVR_{train,val}_scenes.json, images/{train,val}. KITTI: training/{image_2,
+    label_2}; it has no such split, so a fifth of the images, drawn with seed 0, is the test set (as
+    VISSL does, without seed). Places205: trainvalsplit_places205/{train,val}_places205.csv, of
+    lines `path label`, and the images below data/vision/torralba/deeplearning/images256."""
+    root = Path(data)
+    try:
+        if layout == "clevr":
+            scenes = json.loads((root / f"scenes/CLEVR_{split}_scenes.json").read_text())["scenes"]
+            paths = [root / f"images/{split}" / scene["image_filename"] for scene in scenes]
+            rules = dict(count=clevr_count, dist=clevr_dist)
+            labels = {name: [rule(scene) for scene in scenes] for name, rule in rules.items()}
+        elif layout == "kitti":
+            files = sorted((root / "training/label_2").glob("*.txt"))
+            order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+            fifth = len(files) // 5
+            files = [files[i] for i in (order[fifth:] if split == "train" else order[:fifth])]
+            paths = [root / f"training/image_2/{file.stem}.png" for file in files]
+            labels = dict(dist=[kitti_dist(file.read_text().splitlines()) for file in files])
+        else:
+            rows = (root / f"trainvalsplit_places205/{split}_places205.csv").read_text().split("\n")
+            rows = [row.rsplit(maxsplit=1) for row in rows if row.strip()]
+            images = root / "data/vision/torralba/deeplearning/images256"
+            paths, labels = [images / path for path, _ in rows], {}
+            labels["class"] = [int(label) for _, label in rows]
+        if not paths:
+            raise ValueError(f"no images of {split}")
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        fail(f"--data {data}: not {layout} as published ({type(error).__name__}: {error})")
+    if missing := [path for path in paths if not path.is_file()]:
+        fail(f"--data {data}: {missing[0]} is missing: unpack the images of {layout} there")
+    return list(map(str, paths)), {name: torch.tensor(x) for name, x in labels.items()}
+
+
 def open_task(data, target):
     """-> images, labels (N, T) and classes (N,) of train and of test; how many labels there are;
     the task's name."""
-    if data not in IN_MEMORY:
+    layout = layout_of(data)
+    if data not in IN_MEMORY and not layout:
         root = Path(data)
         names = [
             sorted(p.name for p in (root / split).glob("*") if p.is_dir())
@@ -210,8 +263,9 @@ def open_task(data, target):
             fail(f"--data {data}: class {odd} is not in both train and val: make them agree")
     splits = []
     for split in ("train", "val"):
-        images, labels = open_data(data, split)
-        chosen = target or ("digits" if "digits" in labels else "class")
+        known = layout in ("", "inat18")
+        images, labels = open_data(data, split) if known else open_study(data, layout, split)
+        chosen = target or ("digits" if "digits" in labels else next(iter(labels)))
         if chosen not in labels:
             fail(f"--target {target}: {data} has {', '.join(labels)}")
         kinds = next(iter(labels.values()))
@@ -498,7 +552,7 @@ def new_encoder(options):
 
 
 @torch.no_grad()
-def encode(encoder, images, workers=0):
+def encode(encoder, images, workers=0, squash=False):
     """Features of N images, whole -> dict of (N, D). Of a ResNet `pooled`; of a ViT `cls`, after
     the final norm; `cls4`, those of the last four blocks, each after the final norm; `patches`, the
     mean of the patch tokens."""
@@ -508,7 +562,7 @@ def encode(encoder, images, workers=0):
     if torch.is_tensor(images):
         loader = (TF.resize(x.expand(-1, 3, -1, -1), [size, size]) for x in images.split(250))
     else:
-        source = PlainImages(images, size)
+        source = PlainImages(images, size, squash)
         loader = DataLoader(source, 250, num_workers=workers, collate_fn=source.collate)
     for batch in tqdm(
         loader, total=-(-len(images) // 250), desc="features", leave=False, disable=None
@@ -575,7 +629,7 @@ def accuracy(heads, x, labels):
 
 
 def train_heads(features, labels, test_features, test_labels, classes, epochs, batch_size, seed,
-                rates=LEARNING_RATES, groups=None):  # fmt: skip
+                rates=LEARNING_RATES, groups=None, cosine=False):  # fmt: skip
     """Train heads on dicts of features (N, D) and labels (N, T), all at once -> a list of results,
     the best on the held-out tenth first: options, held_out, top1, and the top1 of each target, of
     all test images and of groups, a dict of (N,) bool."""
@@ -591,6 +645,9 @@ def train_heads(features, labels, test_features, test_labels, classes, epochs, b
     optimizer = torch.optim.SGD(params, lr=0.01, momentum=0.9, nesterov=True)
     milestones = [round(epochs * part / 7) for part in (2, 4, 6)]  # 8, 16, 24 of 28
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones)
+    if cosine:  # to a hundredth, which the last epoch does not reach
+        wave = [0.01 + 0.99 * (1 + math.cos(math.pi * e / epochs)) / 2 for e in range(epochs + 1)]
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, wave.__getitem__)
     for _ in tqdm(range(epochs), desc="heads", leave=False, disable=None):
         for heads in banks.values():
             heads.train()
@@ -629,10 +686,12 @@ def main(argv=None):
     encoder = load_encoder(args.checkpoint)
     data = args.data or encoder.options["data"]
     train, test, classes, task = open_task(data, args.target)
+    target, layout = task.split()[-1], layout_of(data)
+    epochs = args.epochs or EPOCHS.get(f"{layout} {target}", 28)
     (images, labels, kinds), (test_images, test_labels, test_kinds) = train, test
     tail = encoder.options.get("long_tail", 0.0) if data == encoder.options["data"] else 0.0
     groups = frequency_groups(kinds, test_kinds, tail)
-    name = f"linear_eval_{Path(data).name}_{task.split()[-1]}.json"
+    name = f"linear_eval_{Path(data).name}_{target}.json"
     out = Path(args.out) if args.out else Path(args.checkpoint).parent / name
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -647,11 +706,12 @@ def main(argv=None):
     results = []
     for network in (encoder, new_encoder(encoder.options)):
         network.to(device)
-        features = [encode(network, x, args.workers) for x in (images, test_images)]
+        squash = layout == "clevr"  # every object stays
+        features = [encode(network, x, args.workers, squash) for x in (images, test_images)]
         scores = labels.to(device), features[1], test_labels.to(device), classes
-        training = args.epochs, args.batch_size, args.seed
+        training = epochs, args.batch_size, args.seed
         rates = NUMBER_RATES if task == "plates number" else LEARNING_RATES
-        results.append(train_heads(features[0], *scores, *training, rates, groups))
+        results.append(train_heads(features[0], *scores, *training, rates, groups, squash))
     (best, *_), (control, *_) = results
     print(f"{'feature':10}{'lr':>6}{'held out':>10}{'test':>7}")
     for head in results[0]:
@@ -659,7 +719,7 @@ def main(argv=None):
         print(f"{head['feature']:10}{head['lr']:>6}{scores}")
     report = dict(task=task, top1=best["top1"], untrained_top1=control["top1"], best=best)
     report |= dict(heads=results[0], untrained_heads=results[1], checkpoint=args.checkpoint)
-    report |= dict(step=encoder.step, epochs=args.epochs, batch_size=args.batch_size)
+    report |= dict(step=encoder.step, epochs=epochs, batch_size=args.batch_size)
     partial.write_text(json.dumps(report | dict(seed=args.seed), indent=1))
     os.replace(partial, out)
     each = " ".join(f"{x:.1f}" for x in best["targets"])

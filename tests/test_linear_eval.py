@@ -434,3 +434,124 @@ def test_bad_folders(checkpoint, folder, tmp_path, capsys):
         (tmp_path / split / "b/1.png").unlink()
         (tmp_path / split / "b").rmdir()
     assert "one training image" in refused(capsys, checkpoint, "--data", tmp_path, *out)
+
+
+def picture(path, seed, size=(48, 32)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(256, size=(*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """Small data sets in the layouts of CLEVR, KITTI and Places205 as published."""
+    root = tmp_path_factory.mktemp("study")
+    golden = json.loads((GOLDEN / "clevr_labels.json").read_text())
+    for split in ("train", "val"):
+        file = root / f"CLEVR_v1.0/scenes/CLEVR_{split}_scenes.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(dict(info={}, scenes=golden["scenes"])))
+        for i, scene in enumerate(golden["scenes"]):
+            picture(root / f"CLEVR_v1.0/images/{split}/{scene['image_filename']}", i)
+    kitti = json.loads((GOLDEN / "kitti_labels.json").read_text())
+    for name, text in kitti["files"].items():
+        file = root / "KITTI/training/label_2" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        picture(root / f"KITTI/training/image_2/{file.stem}.png", int(file.stem))
+    rows = [
+        ("a/abbey/1.jpg", 0),
+        ("a/apartment_building/outdoor/2.jpg", 7),
+        ("z/zen garden/3.jpg", 204),
+    ]
+    for split in ("train", "val"):
+        file = root / f"Places/trainvalsplit_places205/{split}_places205.csv"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("".join(f"{path} {label}\n" for path, label in rows))
+    for i, (path, _) in enumerate(rows):
+        picture(root / "Places/data/vision/torralba/deeplearning/images256" / path, i)
+    return root
+
+
+def test_the_studys_data_sets_are_read_as_published(study):
+    golden = json.loads((GOLDEN / "clevr_labels.json").read_text())
+    for target, name in (("count", "count_label"), ("dist", "dist_label")):
+        train, test, classes, chosen = linear_eval.open_task(str(study / "CLEVR_v1.0"), target)
+        expected = [row[name] for row in golden["expected"]]
+        assert chosen.endswith(f"CLEVR_v1.0 {target}") and classes == max(expected) + 1
+        for images, labels, _ in (train, test):
+            assert labels[:, 0].tolist() == expected
+            assert [Path(x).name for x in images] == [x["image_filename"] for x in golden["scenes"]]
+        assert "/images/train/" in train[0][0] and "/images/val/" in test[0][0]
+    assert linear_eval.open_task(str(study / "CLEVR_v1.0"), None)[3].endswith(" count")
+    kitti = json.loads((GOLDEN / "kitti_labels.json").read_text())
+    expected = {Path(row["file"]).stem: row["label"] for row in kitti["expected"]}
+    train, test, _, chosen = linear_eval.open_task(str(study / "KITTI"), None)
+    assert chosen.endswith(" dist") and (len(train[0]), len(test[0])) == (16, 4)
+    assert {Path(x).stem for x in train[0] + test[0]} == expected.keys()
+    for images, labels, _ in (train, test):
+        assert labels[:, 0].tolist() == [expected[Path(x).stem] for x in images]
+    train, test, classes, chosen = linear_eval.open_task(str(study / "Places"), None)
+    assert classes == 205 and chosen.endswith(" class") and train[1][:, 0].tolist() == [0, 7, 204]
+    assert train[0][2].endswith("images256/z/zen garden/3.jpg")
+
+
+@pytest.mark.parametrize(
+    "data, target, epochs",
+    [
+        ("CLEVR_v1.0", "count", 50),
+        ("CLEVR_v1.0", "dist", 100),
+        ("KITTI", "dist", 28),
+        ("Places", "class", 14),
+    ],
+)
+def test_the_studys_data_sets_are_evaluated_by_vissls_recipes(
+    data, target, epochs, study, checkpoint, tmp_path
+):
+    options = ["--data", str(study / data), "--target", target, "--workers", "0"]
+    linear_eval.main([str(checkpoint), *options, "--out", str(tmp_path / "r.json")])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["task"] == f"{study / data} {target}" and report["epochs"] == epochs
+    assert 0 <= report["top1"] <= 100 and len(report["heads"]) == 9
+
+
+def test_clevr_is_squashed_and_its_rate_falls_by_a_cosine(study, monkeypatch):
+    images, *_ = linear_eval.open_task(str(study / "CLEVR_v1.0"), "count")[0]
+    whole = linear_eval.PlainImages(images, 16, squash=True)[0]
+    assert whole.shape == (3, 16, 16)
+    with Image.open(images[0]) as file:
+        expected = np.asarray(file.resize((16, 16), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    assert np.abs(whole.numpy().astype(int) - expected).max() <= 2
+    rates, step = [], torch.optim.SGD.step
+
+    def record(self, *options, **more):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *options, **more)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", record)
+    x, labels = torch.randn(20, 4), torch.randint(2, (20, 1))
+    settings = dict(epochs=10, batch_size=256, seed=0, rates=(0.01,), cosine=True)
+    linear_eval.train_heads({"x": x}, labels, {"x": x}, labels, 2, **settings)
+    curve = [1e-4 + (0.01 - 1e-4) * (1 + np.cos(np.pi * e / 10)) / 2 for e in range(10)]
+    np.testing.assert_allclose(rates, curve, rtol=1e-9)
+
+
+def test_wrong_layouts_of_the_studys_data_sets_are_refused(study, checkpoint, tmp_path, capsys):
+    def refuse(data, *words):
+        message = refused(capsys, str(checkpoint), "--data", str(data))
+        assert all(str(word) in message for word in words), message
+
+    (tmp_path / "clevr/scenes").mkdir(parents=True)
+    refuse(tmp_path / "clevr", "clevr", "CLEVR_train_scenes.json")
+    (tmp_path / "kitti/training/label_2").mkdir(parents=True)
+    refuse(tmp_path / "kitti", "kitti", "no images of train")
+    (tmp_path / "kitti/training/label_2/000000.txt").write_text("Car 0 0 0\n")
+    refuse(tmp_path / "kitti", "kitti", "IndexError")
+    lists = tmp_path / "places/trainvalsplit_places205"
+    lists.mkdir(parents=True)
+    (lists / "train_places205.csv").write_text("a/abbey/1.jpg 0\n")
+    refuse(tmp_path / "places", "a/abbey/1.jpg is missing", "unpack")
+    (lists / "train_places205.csv").write_text("a/abbey/1.jpg zero\n")
+    refuse(tmp_path / "places", "places205", "ValueError")
+    message = refused(capsys, str(checkpoint), "--data", str(study / "KITTI"), "--target", "count")
+    assert "--target count" in message and "dist" in message
