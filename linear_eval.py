@@ -61,7 +61,7 @@ def fail(message, everywhere=False):
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.error = fail
-    p.add_argument("checkpoint", help="checkpoint.pt of a run")
+    p.add_argument("checkpoint", help="checkpoint.pt of a run, or a released file")
     p.add_argument("--data", help="plates, cifar10, cifar100 or a folder (default: the run's)")
     p.add_argument("--target", help="plates: digits, number, count or size; CLEVR: count or dist")
     p.add_argument("--out", help="JSON file (default: beside the checkpoint)")
@@ -520,16 +520,55 @@ all_reduce_mean = AllReduceMean.apply
 
 
 def load_encoder(path):
-    """The encoder of a checkpoint of ours, frozen, in evaluation mode, with the run's .options."""
+    """The encoder of a checkpoint of ours or of a released file, frozen, in evaluation mode; its
+    .options are the run's."""
     if not Path(path).is_file():
         fail(f"{path}: no such file; give a run's checkpoint.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        if "options" not in state:
+            return released_encoder(state)
         encoder = new_encoder(state["options"])
         encoder.load_state_dict(state["encoder"])
         encoder.step, _ = state["step"], [encoder.options[n] for n in ("data", "image_size")]
     except Exception as error:  # torch raises many kinds for damaged files
-        fail(f"{path}: damaged or foreign checkpoint ({type(error).__name__}): give another")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+        fail(f"{path}: damaged or foreign checkpoint ({reason}): give another")
+    return encoder
+
+
+def released_encoder(state):
+    """The encoder in a state dict of the official MSN, MAE, data2vec, VICReg, DINO, a converted
+    SimCLR, timm or torchvision, known by its keys; sizes follow from shapes, heads from a width of
+    64 each (ViT-H: 80), inputs are normalised as ImageNet's. Raises if a key has no place."""
+    for part in ("target_encoder", "teacher", "model", "state_dict"):
+        state = state[part] if isinstance(state.get(part), dict) else state
+    found = {k.removeprefix("module."): x for k, x in state.items() if torch.is_tensor(x)}
+    for prefix in ("backbone.", "encoder."):
+        inner = {k.removeprefix(prefix): x for k, x in found.items() if k.startswith(prefix)}
+        found = inner or found
+    aside = "head fc. decoder lm_head mask_token projector rel_pos_bias.relative_position_index"
+    kept = {k: x for k, x in found.items() if not k.startswith(tuple(aside.split()))}
+    kept |= {k.removeprefix("fc_"): kept.pop(k) for k in list(kept) if k.startswith("fc_norm.")}
+    options = dict(script="mae" if "mask_token" in found else "msn", seed=0, data=None)
+    options |= dict(standardise=False)
+    if "conv1.weight" in kept:
+        arch = "resnet50" if "layer1.0.conv3.weight" in kept else "resnet18"
+        options |= dict(arch=arch, image_size=224 if kept["conv1.weight"].shape[2] == 7 else 32)
+    else:
+        dim, _, patch_size, _ = kept["patch_embed.proj.weight"].shape
+        depth = len({k.split(".")[1] for k in kept if k.startswith("blocks.")})
+        heads = 16 if dim == 1280 else max(dim // 64, 1)
+        if (table := kept.get("rel_pos_bias.relative_position_bias_table")) is not None:
+            grid, heads = (math.isqrt(len(table) - 3) + 1) // 2, table.shape[1]
+            options |= dict(script="data2vec", layer_scale=1e-4)
+        else:
+            grid = math.isqrt(kept["pos_embed"].shape[1])
+        options |= dict(patch_size=patch_size, dim=dim, depth=depth, heads=heads)
+        options |= dict(image_size=grid * patch_size)
+    encoder = new_encoder(options)
+    encoder.load_state_dict(kept)
+    encoder.step = None
     return encoder
 
 
@@ -685,6 +724,8 @@ def main(argv=None):
     args = parse_args(argv)
     encoder = load_encoder(args.checkpoint)
     data = args.data or encoder.options["data"]
+    if data is None:
+        fail("--data: needed, since a released checkpoint does not name its own: give one")
     train, test, classes, task = open_task(data, args.target)
     target, layout = task.split()[-1], layout_of(data)
     epochs = args.epochs or EPOCHS.get(f"{layout} {target}", 28)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision import models
 
 import linear_eval
 import msn
@@ -555,3 +557,107 @@ def test_wrong_layouts_of_the_studys_data_sets_are_refused(study, checkpoint, tm
     refuse(tmp_path / "places", "places205", "ValueError")
     message = refused(capsys, str(checkpoint), "--data", str(study / "KITTI"), "--target", "count")
     assert "--target count" in message and "dist" in message
+
+
+# ---- Released files: the official key layouts, built of timm's and torchvision's models
+
+
+def jittered(model):
+    """In evaluation mode, no weight at its initial 0 or 1, statistics as after training."""
+    torch.manual_seed(0)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            noise = 0.1 * torch.randn_like(tensor)
+            tensor.add_(noise.abs() if "running_var" in name else noise)
+    return model.eval()
+
+
+def prefixed(state, prefix):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+VIT = dict(img_size=32, patch_size=8, embed_dim=192, depth=2, num_heads=3)
+LAYOUTS = {
+    "timm": lambda x: x,
+    "msn": lambda x: {
+        "target_encoder": prefixed(x | {"fc.fc1.weight": torch.ones(3, 3)}, "module."),
+        "prototypes": torch.ones(4, 3),
+        "epoch": 3,
+    },
+    "mae": lambda x: {
+        "model": x | {"mask_token": torch.ones(1, 1, 8), "decoder_embed.bias": torch.ones(8)}
+    },
+    "dino": lambda x: {
+        "student": {},
+        "teacher": prefixed(x, "backbone.") | {"head.mlp.0.weight": torch.ones(2, 2)},
+    },
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_released_transformers_give_their_features(layout, tmp_path):
+    theirs = jittered(timm.models.VisionTransformer(**VIT, num_classes=5))
+    state = {k: x for k, x in theirs.state_dict().items() if layout == "timm" or "head" not in k}
+    torch.save(LAYOUTS[layout](state), tmp_path / "released.pth")
+    encoder = linear_eval.load_encoder(tmp_path / "released.pth")
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    found = linear_eval.encode(encoder, images)
+    with torch.no_grad():
+        tokens = theirs.forward_features(linear_eval.normalise(images.float() / 255, False))
+    torch.testing.assert_close(found["cls"], tokens[:, 0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["patches"], tokens[:, 1:].mean(dim=1), rtol=1e-5, atol=1e-5)
+    control = linear_eval.new_encoder(encoder.options)  # the untrained one has the same sizes
+    assert {k: x.shape for k, x in control.state_dict().items()} == {
+        k: x.shape for k, x in encoder.state_dict().items()
+    }
+
+
+def test_a_released_data2vec_gives_its_features(tmp_path):
+    options = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
+    theirs = jittered(timm.models.beit.Beit(**VIT, **options, num_classes=0, global_pool="token"))
+    state = theirs.state_dict() | {"mask_token": torch.ones(1, 1, 192)}
+    state |= {"lm_head.bias": torch.ones(192)}
+    state["rel_pos_bias.relative_position_index"] = torch.ones(17, 17, dtype=torch.long)
+    torch.save({"model": state}, tmp_path / "released.pth")
+    encoder = linear_eval.load_encoder(tmp_path / "released.pth")
+    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        tokens = theirs.forward_features(linear_eval.normalise(images.float() / 255, False))
+    found = linear_eval.encode(encoder, images)
+    torch.testing.assert_close(found["cls"], tokens[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("prefix", ["", "module.backbone.", "module.encoder."])
+def test_released_resnets_give_their_features(arch, prefix, tmp_path):
+    theirs = jittered(getattr(models, arch)())
+    state = prefixed(theirs.state_dict(), prefix)
+    state |= {"module.projector.0.weight": torch.ones(2, 2)} if prefix else {}
+    torch.save({"model": state} if prefix else state, tmp_path / "released.pth")
+    theirs.fc = torch.nn.Identity()
+    encoder = linear_eval.load_encoder(tmp_path / "released.pth")
+    images = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = theirs(linear_eval.normalise(images.float() / 255, False))
+    found = linear_eval.encode(encoder, images)["pooled"]
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+def test_keys_without_a_place_are_listed_and_data_must_be_given(tmp_path, capsys):
+    state = timm.models.VisionTransformer(**VIT, num_classes=0).state_dict()
+    torch.save(state | {"blocks.0.ls1.gamma": torch.ones(192)}, tmp_path / "scaled.pth")
+    assert "blocks.0.ls1.gamma" in refused(capsys, tmp_path / "scaled.pth", "--data", "plates")
+    missing = {name: x for name, x in state.items() if name != "norm.bias"}
+    torch.save(missing, tmp_path / "missing.pth")
+    assert "norm.bias" in refused(capsys, tmp_path / "missing.pth", "--data", "plates")
+    torch.save(state, tmp_path / "whole.pth")
+    assert "--data" in refused(capsys, tmp_path / "whole.pth")
+
+
+def test_a_released_file_is_evaluated(study, tmp_path):
+    state = timm.models.VisionTransformer(**VIT, num_classes=0).state_dict()
+    torch.save(state, tmp_path / "vit.pth")
+    options = ["--data", str(study / "KITTI"), "--epochs", "2", "--workers", "0"]
+    linear_eval.main([str(tmp_path / "vit.pth"), *options])
+    report = json.loads((tmp_path / "linear_eval_KITTI_dist.json").read_text())
+    assert report["step"] is None and len(report["untrained_heads"]) == 9
