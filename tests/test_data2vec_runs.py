@@ -273,19 +273,12 @@ def test_checkpoints_evaluate_and_load_in_timm(tmp_path, monkeypatch):
     theirs.load_state_dict(state["encoder"])
     encoder, images = linear_eval.load_encoder(tmp_path / "checkpoint.pt"), torch.rand(3, 3, 32, 32)
     pixels = (images * 255).round().byte()
-    found = linear_eval.encode(encoder, pixels)
+    found = linear_eval.features(encoder, pixels)
     with torch.no_grad():
         x = data2vec.normalise(pixels.float() / 255, standardise=True)
         tokens = theirs.forward_features(x)
     torch.testing.assert_close(found["cls"], tokens[:, 0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["patches"], tokens[:, 1:].mean(dim=1), rtol=1e-5, atol=1e-5)
-    torch.manual_seed(0)
-    first = data2vec.Data2Vec(
-        image_size=32, patch_size=8, dim=16, depth=2, heads=2, layer_scale=0.1
-    )
-    control = linear_eval.new_encoder(state["options"]).state_dict()
-    for name, weight in first.encoder.state_dict().items():
-        assert torch.equal(control[name], weight)
     small = data2vec.draw_plates(1, seed=0)
     monkeypatch.setattr(linear_eval, "draw_plates", lambda per_class, seed: small)
     linear_eval.main([str(tmp_path / "checkpoint.pt"), "--epochs", "1"])

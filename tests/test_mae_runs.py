@@ -277,7 +277,7 @@ def test_checkpoints_evaluate_and_load_in_timm(tmp_path, monkeypatch):
         whole.load_state_dict(state["mae"])
         every = torch.arange(16).expand(3, -1)
         torch.testing.assert_close(whole.encode(images, every)[:, 0], encoder(images))
-    control = linear_eval.new_encoder(state["options"])
+    control = linear_eval.untrained(encoder)
     assert torch.equal(control.pos_embed, encoder.pos_embed)  # fixed, so the control has it
     bound = (6 / (16 + 48)) ** 0.5
     assert 0.9 * bound < control.blocks[0].attn["qkv"].weight.abs().max() <= bound
