@@ -109,7 +109,7 @@ def parse_args(argv=None):
     p.add_argument("--nearest", type=int, default=0, help="picture of so many test images' nearest")
     p.add_argument("--untrained", action=argparse.BooleanOptionalAction, default=True)
     p.add_argument("--plain-pixels", action="store_true", help="released SimCLR: no normalisation")
-    p.add_argument("--workers", type=int, default=os.cpu_count(), help="loader processes")
+    p.add_argument("--workers", type=int, help="loader processes (default: all cores')")
     p.add_argument("--seed", type=int, default=0, help="of the held-out tenth, heads and order")
     args = p.parse_args(argv)
     least = dict(epochs=1, batch_size=2, workers=0, seed=0, knn=0, nearest=0)
@@ -303,9 +303,10 @@ def open_study(data, layout, split):
         if not paths:
             raise ValueError(f"no images of {split}")
     except (OSError, ValueError, KeyError, IndexError) as error:
-        fail(f"--data {data}: not {layout} as published ({type(error).__name__}: {error})")
+        why = f"{type(error).__name__}: {error}"
+        fail(f"--data {data}: not {layout} as published ({why}): it needs {LAYOUTS[layout][1]}")
     if missing := [path for path in paths if not path.is_file()]:
-        fail(f"--data {data}: {missing[0]} is missing: unpack the images of {layout} there")
+        fail(f"--data {data}: {missing[0]} is missing: unpack {LAYOUTS[layout][1]} there")
     return list(map(str, paths)), {name: torch.tensor(x) for name, x in labels.items()}
 
 
@@ -854,7 +855,8 @@ def evaluate(args):
     augmented = recipe["augment"] != "none"
     whole = held if augmented and not args.knn and not args.nearest else used
 
-    wanted, stat = dict(wanted=recipe["features"], workers=args.workers), os.stat(args.checkpoint)
+    workers = os.cpu_count() // world_size() if args.workers is None else args.workers
+    wanted, stat = dict(wanted=recipe["features"], workers=workers), os.stat(args.checkpoint)
     free = ("out", "workers", "knn", "nearest", "checkpoint")  # may change between two starts
     key = {name: value for name, value in vars(args).items() if name not in free}
     key |= dict(recipe=recipe, data=data, whole=len(whole), file=[stat.st_size, stat.st_mtime_ns])

@@ -1,11 +1,14 @@
 """README: every command in it runs, every file it names exists, no placeholder is left."""
 
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -90,13 +93,40 @@ def test_evaluation_commands(tmp_path, monkeypatch):
     images, labels = simclr.draw_plates(1, seed=0)
     monkeypatch.setattr(linear_eval, "draw_plates", lambda per_class, seed: (images, labels))
     lines = [line for line in LINES if line.startswith("python linear_eval.py")]
-    assert len(lines) >= 2
+    assert len(lines) >= 3
     for line in lines:
         linear_eval.main([*shlex.split(line)[2:], "--epochs", "1"])
     assert {p.name for p in Path("runs/simclr").glob("*.json")} == {
         "linear_eval_plates_digits.json",
         "linear_eval_plates_count.json",
+        "cached.json",
     }
+
+
+def test_evaluation_commands_of_several_processes(tmp_path, imagenet, monkeypatch):
+    """As one process: of a released file and of a run, on small data in the layouts they name."""
+    monkeypatch.chdir(tmp_path)
+    sizes = dict(img_size=32, patch_size=16, embed_dim=64, depth=1, num_heads=1)
+    torch.save(timm.models.VisionTransformer(**sizes).state_dict(), "vitb16.pth")
+    small = ["--data", str(imagenet), "--image-size", "32", "--focal-views", "0", "--stem"]
+    msn.main([*SHORT[msn], *small, "--steps", "1", "--batch-size", "4", "--workers", "0"])
+    shutil.copytree(imagenet / "train", imagenet / "val")
+    objects = [dict(pixel_coords=[0, 0, depth]) for depth in (8.2, 9.7, 12.0)]
+    for split in ("train", "val"):
+        scenes, images = Path("CLEVR_v1.0/scenes"), Path(f"CLEVR_v1.0/images/{split}")
+        scenes.mkdir(parents=True, exist_ok=True)
+        images.mkdir(parents=True)
+        Image.new("RGB", (48, 32)).save(images / "0.png")
+        both = dict(scenes=[dict(image_filename="0.png", objects=objects)] * 2)
+        (scenes / f"CLEVR_{split}_scenes.json").write_text(json.dumps(both))
+    lines = [line for line in LINES if line.startswith("torchrun") and "linear_eval.py" in line]
+    assert len(lines) >= 2
+    for number, line in enumerate(lines):
+        words = [str(imagenet) if word == "IMAGENET" else word for word in shlex.split(line)]
+        options = words[words.index("linear_eval.py") + 1 :]
+        short = ["--epochs", "1", "--workers", "0", "--out", f"{number}.json"]
+        linear_eval.main([*options, *short])
+        assert json.loads(Path(f"{number}.json").read_text())["epochs"] == 1
 
 
 def test_install_and_test_commands_are_those_of_ci():
