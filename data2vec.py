@@ -317,37 +317,18 @@ def adjust(image, kind, amount):
     return value - chroma * torch.minimum(k % 6, 4 - k % 6).clamp(0, 1)  # HSV back to RGB
 
 
-def gaussian_blur(image, sigma, radius):
-    """Blur each of (B, 3, H, W) by its own sigma (B,), in pixels; 2 radius + 1 taps, reflected."""
-    taps = torch.arange(-radius, radius + 1, device=image.device)
-    weights = (-0.5 * (taps / sigma[:, None]).square()).softmax(dim=1)[:, :, None, None, None]
-    for dim, pad in (2, [0, 0, radius, radius]), (3, [radius, radius, 0, 0]):
-        padded, size = F.pad(image, pad, mode="reflect"), image.shape[dim]
-        image = sum(weights[:, i] * padded.narrow(dim, i, size) for i in range(len(taps)))
-    return image
-
-
-def photometry(views, u, jitter, grey, blur, blur_sigma, solarise, threshold):
-    """Colours of all views of one size in one call: uint8 (B, 3, H, W) -> float32 in [0, 1]. Each
-    image has its own uniform numbers u (B, 13), on the CPU, and order of the four jitters."""
-    image, device, order = views.float() / 255, views.device, u[:, 9:].argsort(dim=1)
+def jitter_colours(views, u, jitter):
+    """Brightness, contrast, saturation, hue, each image in its own order: uint8 (B, 3, H, W) ->
+    float32 in [0, 1]; amounts and order from u (B, 8), uniform, on the CPU."""
+    image, order = views.float() / 255, u[:, 4:].argsort(dim=1)
     for place, kind in itertools.product(range(4), range(4)):
         if jitter[kind]:
-            i = ((order[:, place] == kind) & (u[:, 0] < 0.8)).nonzero()[:, 0]
-            shift = jitter[kind] * (2 * u[i, 1 + kind] - 1)
+            i = (order[:, place] == kind).nonzero()[:, 0]
+            shift = jitter[kind] * (2 * u[i, kind] - 1)
             amount = (1 + shift).clamp(min=0) if kind < 3 else shift
-            i = i.to(device)
-            image[i] = adjust(image[i], kind, amount.to(device))
-    u = u.to(device)
-    if grey:
-        image = adjust(image, 2, (u[:, 5] >= grey).float())
-    if blur:
-        sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * u[:, 7]
-        sigma = torch.where(u[:, 6] < blur, sigma, 1e-3)  # so narrow that nothing changes
-        radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
-        image = gaussian_blur(image, sigma, radius)
-    inverted = (u[:, 8] < solarise).view(-1, 1, 1, 1) & (image >= threshold)
-    return torch.where(inverted, 1 - image, image)
+            i = i.to(image.device)
+            image[i] = adjust(image[i], kind, amount.to(image.device))
+    return image
 
 
 def normalise(image, standardise):
@@ -487,8 +468,11 @@ def data2vec_step(model, target, optimizer, images, mask, lr, ema, clip, top_k=6
     device = images.device.type
     with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # slower on CPUs
         pred = model(images, mask, paths, dropout)
-    share = len(y) / all_reduce_mean(torch.tensor(float(len(y)), device=images.device))
-    loss = data2vec_loss(pred, y, beta) * share  # so that DDP's mean is that of all patches
+    total = torch.tensor([float(len(y)), 1.0], device=images.device)  # patches, processes
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    share = len(y) * total[1] / total[0]  # so that DDP's mean is that of all patches
+    loss = data2vec_loss(pred, y, beta) * share
     optimizer.zero_grad()
     loss.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
@@ -530,33 +514,6 @@ def init_distributed():
     return device
 
 
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-class AllReduceMean(torch.autograd.Function):
-    """Mean over processes. Backward: the mean of the processes' gradients, since the result is in
-    the loss of each; DDP's mean over processes then makes it the full batch's gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x / world_size()
-        if dist.is_initialized():
-            dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return AllReduceMean.apply(gradient)
-
-
-all_reduce_mean = AllReduceMean.apply
-
-
 def load_checkpoint(path, options):
     """The state at `path`, None if there is none; refuses what does not belong to this run."""
     if not path.exists():
@@ -578,7 +535,8 @@ def train(args):
     def pick(names):
         return {name: getattr(args, name) for name in names.split()}
 
-    device, W, out = init_distributed(), world_size(), Path(args.out)
+    device, out = init_distributed(), Path(args.out)
+    R, W = dist.get_rank(), dist.get_world_size()  # this process's number, of how many
     free = ("out", "steps", "workers", "log_every", "save_every")  # may change between starts
     options = {"script": "data2vec"} | {k: v for k, v in vars(args).items() if k not in free}
     try:
@@ -595,10 +553,10 @@ def train(args):
         kept = long_tail(labels, args.long_tail, args.seed)
         images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
         labels = labels[kept]
-        if rank() == 0:
+        if R == 0:
             print(f"--long-tail {args.long_tail}: {len(kept)} images are kept")
     try:
-        share = dict(rank=rank(), world_size=W, seed=args.seed)
+        share = dict(rank=R, world_size=W, seed=args.seed)
         sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)
     except ValueError as error:
         fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
@@ -613,7 +571,7 @@ def train(args):
             yield from ((step, indices) for step, indices in batches if start <= step < stop)
 
     groups, grid = [(1, args.image_size, args.crop)], args.image_size // args.patch_size
-    views = CroppedViews(images, groups, args.flip, args.seed, rank(), W)
+    views = CroppedViews(images, groups, args.flip, args.seed, R, W)
     views = MaskedViews(views, grid, args.num_masked, args.min_block)
     workers = 0 if torch.is_tensor(images) else os.cpu_count() // W
     workers = workers if args.workers is None else args.workers
@@ -630,8 +588,8 @@ def train(args):
         parts[name].load_state_dict(state[name])
     model = DistributedDataParallel(anchor)
 
-    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank() > 0 or None)
-    if rank() == 0 and start < stop:
+    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=R > 0 or None)
+    if R == 0 and start < stop:
         print(json.dumps(options), flush=True)
         lines = log.read_bytes().splitlines(keepends=True)[:logged]
         os.truncate(log, sum(map(len, lines)))  # drop what a killed run logged after its last save
@@ -644,13 +602,11 @@ def train(args):
         images, mask = crops[0][0].to(device), crops[1].to(device)  # (B, 3, H, W), (B, N)
         B = len(images)
         torch.manual_seed(hash((args.seed, step, 1)))
-        u = torch.rand(B * W, 13)[rank() * B :][:B]  # of the global batch, then cut
-        u[:, 0] = 0  # colours always change
-        paths = torch.rand(args.depth, 2, B * W)[..., rank() * B :][..., :B]
+        u = torch.rand(B * W, 8)[R * B :][:B]  # of the global batch, then cut
+        paths = torch.rand(args.depth, 2, B * W)[..., R * B :][..., :B]
         paths = drop_paths(paths, args.drop_path).to(device) if args.drop_path else None
-        images = photometry(images, u, args.jitter, 0, 0, (0.1, 0.1), 0, 1)
-        images = normalise(images, args.standardise)
-        torch.manual_seed(hash((args.seed, step, 3, rank())))  # dropout is each process's own
+        images = normalise(jitter_colours(images, u, args.jitter), args.standardise)
+        torch.manual_seed(hash((args.seed, step, 3, R)))  # dropout is each process's own
         times = [int(args.warmup * epoch_steps), steps], int(args.ema_anneal * epoch_steps)
         rates = schedules_of(step, *times[0], args.lr, args.final_lr, args.ema, times[1])
         noise = dict(paths=paths, dropout=args.attention_dropout)
@@ -661,17 +617,19 @@ def train(args):
         flag = torch.tensor(float(bool(terminated)))
         dist.all_reduce(flag)
         last = now == stop or flag > 0
-        if step == 0 and rank() == 0:
+        if step == 0 and R == 0:
             save_image(images[:8], out / "views.png", nrow=8, normalize=True, scale_each=True)
         if not last and now % args.log_every and now % args.save_every:
             continue
-        recent = list(all_reduce_mean(torch.stack([x.to(device) for x in recent])).cpu())
+        recent = torch.stack([x.to(device) for x in recent]) / W
+        dist.all_reduce(recent)  # terms are means over a process's images: now over all
+        recent = list(recent.cpu())
         for number, values in enumerate(recent, now - len(recent) + 1):
             if not values.isfinite().all():
                 bar.close()
                 fail(f"the loss is not finite at step {number}: lower --lr {args.lr}")
         logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
-        if rank() == 0 and logs:
+        if R == 0 and logs:
             norm, loss, deviation = torch.stack(recent).mean(dim=0).tolist()
             line = dict(step=now, epoch=step // epoch_steps, **rates, loss=loss)
             line |= dict(target_std=deviation, gradient_norm=norm)
@@ -681,7 +639,7 @@ def train(args):
             bar.set_postfix({name: f"{line[name]:.3g}" for name in list(line)[4:]})
         if now % args.log_every == 0:
             recent, logged, clock, mark = [], logged + 1, time.time(), now
-        if rank() == 0 and saves:
+        if R == 0 and saves:
             saved = dict(options=options, step=now, recent=recent, logged=logged)
             saved |= {name: part.state_dict() for name, part in parts.items()}
             saved["encoder"] = target.encoder.state_dict()

@@ -331,18 +331,8 @@ class MAE(nn.Module):
     """Encoder and decoder, under the official names: a released checkpoint loads strictly, and all
     but mask_token and decoder* is a ViT of timm's, without classifier."""
 
-    def __init__(
-        self,
-        image_size=224,
-        patch_size=16,
-        dim=768,
-        depth=12,
-        heads=12,
-        decoder_dim=512,
-        decoder_depth=8,
-        decoder_heads=16,
-        norm_pix_loss=False,
-    ):
+    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, decoder_dim=512,
+                 decoder_depth=8, decoder_heads=16, norm_pix_loss=False):  # fmt: skip
         super().__init__()
         self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
         grid = image_size // patch_size
@@ -462,33 +452,6 @@ def init_distributed():
     return device
 
 
-def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-class AllReduceMean(torch.autograd.Function):
-    """Mean over processes. Backward: the mean of the processes' gradients, since the result is in
-    the loss of each; DDP's mean over processes then makes it the full batch's gradient."""
-
-    @staticmethod
-    def forward(ctx, x):
-        x = x / world_size()
-        if dist.is_initialized():
-            dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return AllReduceMean.apply(gradient)
-
-
-all_reduce_mean = AllReduceMean.apply
-
-
 def load_checkpoint(path, options):
     """The state at `path`, None if there is none; refuses what does not belong to this run."""
     if not path.exists():
@@ -507,10 +470,8 @@ def load_checkpoint(path, options):
 
 # ---- 7. Training
 def train(args):
-    def pick(names):
-        return {name: getattr(args, name) for name in names.split()}
-
-    device, W, out = init_distributed(), world_size(), Path(args.out)
+    device, out = init_distributed(), Path(args.out)
+    R, W = dist.get_rank(), dist.get_world_size()  # this process's number, of how many
     free = ("out", "steps", "workers", "log_every", "save_every")  # may change between starts
     options = {"script": "mae"} | {k: v for k, v in vars(args).items() if k not in free}
     try:
@@ -527,10 +488,10 @@ def train(args):
         kept = long_tail(labels, args.long_tail, args.seed)
         images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
         labels = labels[kept]
-        if rank() == 0:
+        if R == 0:
             print(f"--long-tail {args.long_tail}: {len(kept)} images are kept")
     try:
-        share = dict(rank=rank(), world_size=W, seed=args.seed)
+        share = dict(rank=R, world_size=W, seed=args.seed)
         sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)
     except ValueError as error:
         fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
@@ -545,23 +506,24 @@ def train(args):
             yield from ((step, indices) for step, indices in batches if start <= step < stop)
 
     groups = [(1, args.image_size, args.crop)]
-    views = CroppedViews(images, groups, args.flip, args.seed, rank(), W)
+    views = CroppedViews(images, groups, args.flip, args.seed, R, W)
     workers = 0 if torch.is_tensor(images) else os.cpu_count() // W
     workers = workers if args.workers is None else args.workers
     pin = device.type == "cuda"
     loader = DataLoader(views, None, sampler=stream(), num_workers=workers, pin_memory=pin)
 
     torch.manual_seed(args.seed)  # the same initial weights on every process
-    sizes = pick("image_size patch_size dim depth heads decoder_dim decoder_depth decoder_heads")
-    mae = MAE(**sizes, norm_pix_loss=args.norm_pix_loss).to(device)
+    sizes = "image_size patch_size dim depth heads decoder_dim decoder_depth decoder_heads"
+    sizes = {name: getattr(args, name) for name in f"{sizes} norm_pix_loss".split()}
+    mae = MAE(**sizes).to(device)
     optimizer = optimizer_of(mae, args.weight_decay)
     parts = dict(mae=mae, optimizer=optimizer)
     for name in parts.keys() & state.keys():
         parts[name].load_state_dict(state[name])
     model = DistributedDataParallel(mae)
 
-    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank() > 0 or None)
-    if rank() == 0 and start < stop:
+    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=R > 0 or None)
+    if R == 0 and start < stop:
         print(json.dumps(options), flush=True)
         lines = log.read_bytes().splitlines(keepends=True)[:logged]
         os.truncate(log, sum(map(len, lines)))  # drop what a killed run logged after its last save
@@ -574,7 +536,7 @@ def train(args):
         images = normalise(crops[0][0].to(device).float() / 255, args.standardise)  # (B, 3, H, W)
         B, N = len(images), (args.image_size // args.patch_size) ** 2
         torch.manual_seed(hash((args.seed, step, 1)))
-        noise = torch.rand(B * W, N)[rank() * B :][:B].to(device)  # of the global batch, then cut
+        noise = torch.rand(B * W, N)[R * B :][:B].to(device)  # of the global batch, then cut
         lr = learning_rate(step, int(args.warmup * epoch_steps), steps, peak, args.final_lr * peak)
         terms, pred, mask = mae_step(model, optimizer, images, noise, lr, args.mask_ratio)
         recent.append(terms)
@@ -582,17 +544,19 @@ def train(args):
         flag = torch.tensor(float(bool(terminated)))
         dist.all_reduce(flag)
         last = now == stop or flag > 0
-        if step == 0 and rank() == 0:
+        if step == 0 and R == 0:
             save_image(images[:8], out / "views.png", nrow=8, normalize=True, scale_each=True)
         if not last and now % args.log_every and now % args.save_every:
             continue
-        recent = list(all_reduce_mean(torch.stack([x.to(device) for x in recent])).cpu())
+        recent = torch.stack([x.to(device) for x in recent]) / W
+        dist.all_reduce(recent)  # terms are means over a process's images: now over all
+        recent = list(recent.cpu())
         for number, values in enumerate(recent, now - len(recent) + 1):
             if not values.isfinite().all():
                 bar.close()
                 fail(f"the loss is not finite at step {number}: lower --base-lr {args.base_lr}")
         logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
-        if rank() == 0 and logs:
+        if R == 0 and logs:
             norm, loss = torch.stack(recent).mean(dim=0).tolist()
             line = dict(step=now, epoch=step // epoch_steps, lr=lr, loss=loss, gradient_norm=norm)
             line |= dict(images_per_second=(now - mark) * args.batch_size / (time.time() - clock))
@@ -601,7 +565,7 @@ def train(args):
             bar.set_postfix({name: f"{line[name]:.3g}" for name in list(line)[3:]})
         if now % args.log_every == 0:
             recent, logged, clock, mark = [], logged + 1, time.time(), now
-        if rank() == 0 and saves:
+        if R == 0 and saves:
             saved = dict(options=options, step=now, recent=recent, logged=logged)
             saved |= {name: part.state_dict() for name, part in parts.items()}
             saved["encoder"] = encoder_state(mae)

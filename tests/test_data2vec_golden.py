@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from torchvision.transforms.v2 import functional as TF
 
 import data2vec
 
@@ -53,7 +54,7 @@ def assert_close(value, golden, atol=0.0, rtol=0.0):
     np.testing.assert_allclose(value.detach().double(), golden, rtol=rtol, atol=atol)
 
 
-# ---- 1. Masks
+# ---- 1. Masks, colours
 
 
 def test_masks_are_the_official_ones_draw_by_draw():
@@ -88,6 +89,26 @@ def test_a_mask_is_a_function_of_seed_step_and_place_in_the_global_batch():
     assert torch.equal(whole, torch.cat([masks(0, 3, 3), masks(1, 3, 3)]))
     assert not torch.equal(whole, masks(0, 4, 6)) and not torch.equal(whole, masks(0, 3, 6, 1))
     assert data2vec.MaskedViews(Crops(0), 8, 39, 4)[9, [1]] == "broken.jpg: unreadable"
+
+
+@pytest.mark.parametrize("jitter", [[0.0] * 4, [0.4, 0.4, 0.4, 0.0], [1.5, 1.5, 1.5, 0.5]])
+def test_colours_are_torchvisions_image_by_image(jitter):
+    rng = torch.Generator().manual_seed(0)
+    views = torch.randint(256, (128, 3, 12, 12), generator=rng, dtype=torch.uint8)
+    u, theirs, orders = torch.rand(128, 8, generator=rng), [], set()
+    for view, numbers in zip(views, u.tolist()):
+        order = sorted(range(4), key=numbers[4:].__getitem__)
+        image = TF.to_dtype(view, torch.float32, scale=True)
+        for kind in order:
+            name = ("brightness", "contrast", "saturation", "hue")[kind]
+            amount = jitter[kind] * (2 * numbers[kind] - 1)
+            amount = amount if name == "hue" else max(1 + amount, 0)
+            image = getattr(TF, f"adjust_{name}")(image, amount)
+        theirs.append(image)
+        orders.add(tuple(order))
+    assert len(orders) == 24
+    mine = data2vec.jitter_colours(views, u, jitter)
+    torch.testing.assert_close(mine, torch.stack(theirs), rtol=0, atol=1e-5)
 
 
 # ---- 2. Targets and loss
