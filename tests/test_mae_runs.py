@@ -173,7 +173,7 @@ def test_foreign_checkpoints_and_an_out_that_is_a_file_are_refused(tmp_path, cap
     out, path = tmp_path / "out", tmp_path / "out/checkpoint.pt"
     state, _ = run(out, "--steps", 2)
     whole = path.read_bytes()
-    for option, value in (("--dim", 24), ("--k-classes", 8), ("--seed", 1), ("--mask-ratio", 0.5)):
+    for option, value in (("--dim", 24), ("--k-classes", 8), ("--seed", 1), ("--mask-ratio", 0.25)):
         assert_refused(capfd, out, (option, value), (option, value, path, "--out"))
     path.write_bytes(whole[: len(whole) // 2])
     assert_refused(capfd, out, (), (path, "damaged", "--out"))
@@ -206,7 +206,7 @@ def test_defaults_follow_the_data_and_classes_raise_the_recipes_batch():
     paper |= dict(base_lr=1.5e-4, final_lr=0.0, weight_decay=0.05, standardise=False)
     found = mae.parse_args(["--data", "pictures"])
     assert {name: getattr(found, name) for name in paper} == paper
-    assert mae.parse_args([]).image_size == 32 and mae.parse_args([]).batch_size == 64
+    assert mae.parse_args([]).image_size == 32 and mae.parse_args([]).batch_size == 128
     many = "--data cifar100 --k-classes 600".split()
     assert mae.parse_args(many).batch_size == 640
     assert mae.parse_args([*many, "--batch-size", "64"]).batch_size == 64
