@@ -118,9 +118,13 @@ def told(prototype, digit):
 def nearest_prototypes(path, images):
     """The most likely prototype of N whole images (N, 1, H, W) by a checkpoint's target: (N,)."""
     state = torch.load(path, weights_only=True)
-    options, network = state["options"], linear_eval.load_encoder(path)
-    sizes = [options[name] for name in ("dim", "hidden", "output", "num_prototypes")]
-    network = msn.MSN(network, *sizes)
+    options = state["options"]
+
+    def pick(names):
+        return {name: options[name] for name in names.split()}
+
+    encoder = msn.VisionTransformer(**pick("image_size patch_size dim depth heads stem"))
+    network = msn.MSN(encoder, **pick("dim hidden output num_prototypes"))
     network.load_state_dict(state["target"])
     pixels = images.expand(-1, 3, -1, -1).float() / 255
     z, prototypes = network.eval()([msn.normalise(pixels, options["standardise"])])
