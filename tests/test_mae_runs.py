@@ -109,7 +109,8 @@ def test_a_run_killed_then_terminated_ends_as_if_nothing_had_happened(tmp_path, 
         process.send_signal(kind)
         _, errors = process.communicate(timeout=100)
         assert process.returncode == (-signal.SIGKILL if kind == signal.SIGKILL else 0), errors
-        assert "Traceback" not in errors
+        if kind == signal.SIGTERM:  # after SIGKILL a loader worker may complain that it is alone
+            assert "Traceback" not in errors
         steps.append(saved_step(out))
         assert before < steps[-1] < 200
     assert_same_run(run(out, *options, "--workers", 0), whole)
