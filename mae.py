@@ -67,8 +67,8 @@ RECIPES = {
     "cifar10": SMALL,
     "cifar100": SMALL,
     "plates": SMALL | dict(
-        patch_size=16, decoder_dim=128, mask_ratio=0.5, batch_size=128, base_lr=4e-3, epochs=8,
-        warmup=1.0, crop=[0.8, 1.0], flip=0.0, standardise=True,
+        patch_size=16, decoder_dim=128, mask_ratio=0.5, crop=[0.8, 1.0], flip=0.0,
+        standardise=True, batch_size=960, base_lr=8e-4, epochs=10, warmup=1.0,
     ),
 }  # fmt: skip
 

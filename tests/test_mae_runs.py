@@ -207,7 +207,7 @@ def test_defaults_follow_the_data_and_classes_raise_the_recipes_batch():
     paper |= dict(base_lr=1.5e-4, final_lr=0.0, weight_decay=0.05, standardise=False)
     found = mae.parse_args(["--data", "pictures"])
     assert {name: getattr(found, name) for name in paper} == paper
-    assert mae.parse_args([]).image_size == 32 and mae.parse_args([]).batch_size == 128
+    assert mae.parse_args([]).image_size == 32 and mae.parse_args([]).batch_size == 960
     many = "--data cifar100 --k-classes 600".split()
     assert mae.parse_args(many).batch_size == 640
     assert mae.parse_args([*many, "--batch-size", "64"]).batch_size == 64
