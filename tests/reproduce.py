@@ -9,11 +9,14 @@ thread each, and prints the table, of means over seeds and standard errors.
 priors: long-tailed and balanced plates. Per cent right of each digit (first middle last) on all
 test images, on the tenth of the classes seen most and the rarer half.
 
-toy: numbers a b b, of which a is balanced and b follows a power law; as many prototypes as a has
-values, and b. Which of them do prototypes hold under which prior, and which the encoder?
+toy: plates a 0 b, of which a is balanced and b follows a power law, and as many prototypes as a has
+values, and b. Which of the two do prototypes tell, and under which prior? Both views have the same
+number; in some forms it is drawn anew, so that nothing else is common to them.
 """
 
 import argparse
+import copy
+import functools
 import itertools
 import json
 import multiprocessing
@@ -21,16 +24,16 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import linear_eval
 import msn
 import pmsn
+from sampler import power_law_prior
 
 ROOT = Path(msn.__file__).parent
 # About 780 steps of 128 images on either, the warm-up a quarter of them.
@@ -43,12 +46,14 @@ METHODS |= {f"PMSN {e}": ["pmsn.py", "--exponent", e] for e in ("0.25", "0.5", "
 SEEDS = 0, 1, 2
 RESULT = "linear_eval_plates_digits.json"
 
-FIRST = LAST = 0, 1, 2, 3  # digits a and b of the toy, b from the most frequent on
-TAIL = 1.5  # b is its k-th digit with a share proportional to k**-TAIL
-TOY = "--num-prototypes 4 --rand-views 1 --rand-crop 0.85 1 --patch-drop 0".split()
-TOY += "--epochs 16 --warmup 2".split()  # 832 steps of 128 images
-TOY_METHODS = {"MSN": [msn]}
-TOY_METHODS |= {f"PMSN {e}": [pmsn, "--exponent", e] for e in ("0.75", "1.5")}
+TAIL = 2.0  # the toy's last digit has its k-th value with a share proportional to k**-TAIL
+PRIORS = {"uniform": 0.0, "matching": TAIL}
+TOY_SEEDS = range(12)
+FORMS = {
+    "two values, views of two drawings": dict(values=(2, 4), drawings=True),
+    "two values, views of one drawing": dict(values=(2, 4), drawings=False),
+    "four values, views of two drawings": dict(values=(1, 2, 4, 7), drawings=True),
+}
 
 
 def folder(out, data, method, seed):
@@ -88,19 +93,6 @@ def table(out):
     return "\n".join(lines)
 
 
-def draw_toy(seeds, exponent=0.0):
-    """Plates of the numbers a b b: in each of len(seeds) drawings 50 k**-exponent of each number
-    whose b is the k-th of LAST -> images (N, 1, 32, 32) uint8, labels, as msn.draw_plates."""
-    parts = []
-    for seed in seeds:
-        images, labels = msn.draw_plates(50, seed)
-        for a, (k, b) in itertools.product(FIRST, enumerate(LAST, 1)):
-            chosen = (labels["number"] == 100 * a + 11 * b).nonzero()[: round(50 * k**-exponent), 0]
-            parts.append((images[chosen], {name: x[chosen] for name, x in labels.items()}))
-    images, labels = zip(*parts)
-    return torch.cat(images), {name: torch.cat([x[name] for x in labels]) for name in labels[0]}
-
-
 def told(prototype, digit):
     """Per cent of the entropy of N digits that their images' prototypes tell: mutual information
     of two arrays (N,) of integers, by the second's entropy."""
@@ -114,75 +106,88 @@ def told(prototype, digit):
     return 100 * (entropy(rows) + entropy(columns) - entropy(joint)) / entropy(columns)
 
 
-@torch.no_grad()
-def nearest_prototypes(path, images):
-    """The most likely prototype of N whole images (N, 1, H, W) by a checkpoint's target: (N,)."""
-    state = torch.load(path, weights_only=True)
-    options = state["options"]
+class Pixels(nn.Module):
+    """In place of an encoder: images (B, 1, 32, 32) -> (B, 1024)."""
 
-    def pick(names):
-        return {name: options[name] for name in names.split()}
-
-    encoder = msn.VisionTransformer(**pick("image_size patch_size dim depth heads stem"))
-    network = msn.MSN(encoder, **pick("dim hidden output num_prototypes"))
-    network.load_state_dict(state["target"])
-    pixels = images.expand(-1, 3, -1, -1).float() / 255
-    z, prototypes = network.eval()([msn.normalise(pixels, options["standardise"])])
-    return msn.log_assignment(z, prototypes, options["temperature"]).argmax(dim=1).numpy()
+    def forward(self, images, keep=None):
+        return images.flatten(1)
 
 
-def run_toy(out, method, seed):
-    """Train and evaluate, unless the result is there. In a process of its own: the scripts' plates
-    are replaced by the toy's, a long-tailed set to train on, balanced ones to evaluate with."""
-    there = folder(out, "toy", method, seed)
-    if (there / RESULT).exists():
-        return
-    there.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)
-    script, *options = TOY_METHODS[method]
-    tail, train, test = torch.load(out / "plates.pt")
-    script.draw_plates = lambda *_, **__: tail
-    linear_eval.draw_plates = lambda per_class, seed: (train, test)[seed]
-    with (
-        (there / "output.txt").open("a") as output,
-        redirect_stdout(output),
-        redirect_stderr(output),
-    ):
-        script.main([*TOY, *options, "--seed", str(seed), "--out", str(there)])
-        prototype = nearest_prototypes(there / "checkpoint.pt", test[0])
-        digits = test[1]["digits"].numpy()
-        told_of = [told(prototype, digits[:, i]) for i in (0, 2)]
-        (there / "prototypes.json").write_text(json.dumps(told_of))
-        linear_eval.main([str(there / "checkpoint.pt")])
+@functools.cache
+def toy_plates(seeds):
+    """Plates a 0 b of some drawings: standardised images (N, 1, 32, 32), a and b (N,) each."""
+    drawn = [msn.draw_plates(50, seed) for seed in seeds]
+    images, digits = (torch.cat(x) for x in zip(*[(x, labels["digits"]) for x, labels in drawn]))
+    chosen = digits[:, 1] == 0
+    pixels = msn.normalise(images[chosen].float() / 255, standardise=True)
+    return pixels, digits[chosen, 0], digits[chosen, 2]
+
+
+def toy(exponent, seed, values, drawings, steps=500):
+    """MSN's projector and prototypes learn on pixels alone, by pmsn.py's own step; exponent: of the
+    prior, 0: MSN's. -> what prototypes tell of a and of b (per cent), on balanced new pictures; the
+    mean loss of the last tenth of the steps."""
+    rng, K = torch.Generator().manual_seed(seed), len(values)
+    torch.manual_seed(seed)
+    images, *digits = toy_plates((2, 3, 4, 5, 6, 7))
+    a, b = ([(x == v) for v in values] for x in digits)
+    cells = torch.stack([(a[i] & b[j]).nonzero()[:, 0] for i in range(K) for j in range(K)])
+    model = msn.MSN(Pixels(), dim=1024, hidden=256, output=32, num_prototypes=K)
+    target = copy.deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(msn.parameter_groups(model))
+    prior, tail = power_law_prior(K, exponent), power_law_prior(K, TAIL)
+    losses = []
+    for step in range(steps):
+        cell = torch.randint(K, (128,), generator=rng) * K  # a is balanced
+        cell += torch.multinomial(tail, 128, replacement=True, generator=rng)  # b is not
+        which, views = torch.randint(cells.shape[1], (2, 128), generator=rng), []
+        for number in which if drawings else which[:1].expand(2, -1):
+            polarity = torch.randint(2, (128, 1, 1, 1), generator=rng) * 2 - 1
+            noise = 0.1 * torch.randn(128, 1, 32, 32, generator=rng)
+            views.append(polarity * images[cells[cell, number]] + noise)
+        options = dict(lr=3e-3 * min(1, (step + 1) / 50), weight_decay=0.05, ema=0.99, clip=3.0)
+        options |= dict(temperature=0.1, sharpen=0.25, prior=prior, prior_weight=1.0, sinkhorn=True)
+        terms, *_ = pmsn.pmsn_step(model, target, optimizer, views, None, **options)
+        losses.append(terms[1])
+    images, *digits = toy_plates((8, 9))
+    a, b = (torch.stack([x == v for v in values]) for x in digits)
+    kept = a.any(dim=0) & b.any(dim=0)
+    with torch.no_grad():
+        z, prototypes = target.eval()([images[kept]])
+    prototype = msn.log_assignment(z, prototypes, 0.1).argmax(dim=1).numpy()
+    held = [told(prototype, x[:, kept].int().argmax(dim=0).numpy()) for x in (a, b)]
+    return *held, torch.stack(losses[-steps // 10 :]).mean().item()
+
+
+def toy_path(out, form, exponent, seed):
+    return Path(f"{folder(out, form, exponent, seed)}.json")
+
+
+def toy_run(job):
+    """A run of the toy (out, form, exponent, seed), unless its result is there."""
+    out, form, exponent, seed = job
+    path = toy_path(*job)
+    if not path.exists():
+        torch.set_num_threads(1)
+        result = json.dumps(toy(exponent, seed, **FORMS[form]))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(f"{path}.partial")
+        partial.write_text(result)
+        os.replace(partial, path)
 
 
 def toy_table(out):
-    """Markdown rows of what is there, and of encoders before training."""
-    lines = ["| prior | seeds | prototypes: a, b | encoder, cls: a, b | encoder, best: a, b |"]
-    lines.append("|---|---|---|---|---|")
-    rows, untrained = {}, {}  # (seeds, 3, 2)
-
-    def linear(heads):
-        cls = next(head for head in heads if head["feature"] == "cls")
-        return [cls["targets"][::2], heads[0]["targets"][::2]]
-
-    for method, seed in itertools.product(TOY_METHODS, SEEDS):
-        there = folder(out, "toy", method, seed)
-        if not (there / RESULT).exists():
-            continue
-        result = json.loads((there / RESULT).read_text())
-        held = json.loads((there / "prototypes.json").read_text())
-        rows.setdefault(method, []).append([held, *linear(result["heads"])])
-        untrained[seed] = [[np.nan, np.nan], *linear(result["untrained_heads"])]
-    if untrained:
-        rows["untrained"] = list(untrained.values())
-    for method, found in rows.items():
-        found = np.array(found)
-        mean, error = found.mean(axis=0), found.std(axis=0, ddof=1) / len(found) ** 0.5
-        cells = [
-            ", ".join(f"{m:.1f} ± {e:.1f}" for m, e in zip(*pair)) for pair in zip(mean, error)
-        ]
-        lines.append(f"| {method} | {len(found)} | {' | '.join(cells)} |".replace("nan ± nan", "-"))
+    """Markdown rows of what is there."""
+    lines = ["| form | prior | seeds | of a | of b | run of the lowest loss: a, b |"]
+    lines.append("|---|---|---|---|---|---|")
+    for form, (prior, exponent) in itertools.product(FORMS, PRIORS.items()):
+        paths = [toy_path(out, form, exponent, seed) for seed in TOY_SEEDS]
+        found = np.array([json.loads(path.read_text()) for path in paths if path.exists()])
+        if len(found) > 1:
+            mean, error = found.mean(axis=0), found.std(axis=0, ddof=1) / len(found) ** 0.5
+            cells = [f"{m:.0f} ± {e:.0f}" for m, e in zip(mean[:2], error[:2])]
+            best = ", ".join(f"{x:.0f}" for x in found[found[:, 2].argmin(), :2])
+            lines.append(f"| {form} | {prior} | {len(found)} | {' | '.join(cells)} | {best} |")
     return "\n".join(lines)
 
 
@@ -198,18 +203,11 @@ def main(argv=None):
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda x: run(out, *x), runs))
         print(table(out))
-        return
-    if not (out / "plates.pt").exists():
-        out.mkdir(parents=True, exist_ok=True)
-        sets = draw_toy(range(2, 22), TAIL), draw_toy(range(22, 26)), draw_toy(range(26, 28))
-        torch.save(sets, out / "plates.partial")
-        os.replace(out / "plates.partial", out / "plates.pt")
-    runs = [(m, s) for s, m in itertools.product(SEEDS, TOY_METHODS)]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, context) as pool:
-        list(pool.map(run_toy, *zip(*[(out, *x) for x in runs])))
-    print(toy_table(out))
+    else:
+        runs = list(itertools.product([out], FORMS, PRIORS.values(), TOY_SEEDS))
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(toy_run, runs))
+        print(toy_table(out))
 
 
 if __name__ == "__main__":

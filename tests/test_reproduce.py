@@ -9,10 +9,8 @@ import torch
 from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
 
-import linear_eval
 import msn
 import pmsn
-import sampler
 
 
 def test_commands_are_those_of_the_scripts():
@@ -59,19 +57,6 @@ def test_finished_runs_are_kept_and_the_table_is_of_what_is_there(tmp_path, monk
     assert capsys.readouterr().out == printed
 
 
-def test_toy_numbers():
-    images, labels = reproduce.draw_toy([3], exponent=1.5)
-    first, middle, last = labels["digits"].T
-    assert len(images) == len(first) == 4 * (50 + 18 + 10 + 6) and (middle == last).all()
-    joint = np.zeros((4, 4))
-    np.add.at(joint, (first, last), 1)
-    assert (joint == joint[0]).all()  # a is balanced, whatever b is
-    power_law = sampler.power_law_prior(4, 1.5).numpy()
-    np.testing.assert_allclose(joint.sum(axis=0) / joint.sum(), power_law, atol=0.006)
-    _, labels = reproduce.draw_toy([3])
-    assert (labels["number"].bincount()[[0, 11, 122, 333]] == 50).all()
-
-
 def test_what_prototypes_tell():
     rng = np.random.default_rng(0)
     digit, noise = rng.integers(4, size=1000), rng.integers(4, size=1000)
@@ -86,40 +71,48 @@ def test_what_prototypes_tell():
     np.testing.assert_allclose(reproduce.told(0 * a, a), 0, atol=1e-9)
 
 
+def test_toy_plates():
+    images, a, b = reproduce.toy_plates((2, 3))
+    assert len(images) == 2 * 10 * 10 * 50 and images.shape[1:] == (1, 32, 32)
+    assert (10 * a + b).bincount().tolist() == [100] * 100
+    torch.testing.assert_close(images.mean(dim=(1, 2, 3)), torch.zeros(10000), atol=1e-5, rtol=0)
+
+
+def test_toy_draws_by_the_shares_and_in_its_form(monkeypatch):
+    """Views are caught: a is balanced, b follows the power law, a view is of its cell's number, and
+    both are of one drawing or of two."""
+    images, a, b = reproduce.toy_plates((2, 3, 4, 5, 6, 7))
+    flat, seen = images.flatten(1), []
+    monkeypatch.setattr(reproduce, "toy_plates", lambda seeds: (images, a, b))
+
+    def step(model, target, optimizer, views, keep, **options):
+        assert options["sinkhorn"] and options["prior"].shape == (2,)
+        seen.append([view.flatten(1) for view in views])
+        return torch.zeros(4), None, None
+
+    monkeypatch.setattr(reproduce.pmsn, "pmsn_step", step)
+    for drawings in (True, False):
+        seen.clear()
+        reproduce.toy(2.0, 0, (2, 4), drawings, steps=10)
+        first, second = (torch.cat(views) for views in zip(*seen))
+        found = [(view @ flat.T).abs().argmax(dim=1) for view in (first, second)]
+        numbers = [100 * a[i] + b[i] for i in found]
+        assert torch.equal(*numbers) and set(numbers[0].tolist()) == {202, 204, 402, 404}
+        assert ((a[found[0]] == 2).float().mean() - 0.5).abs() < 0.05
+        assert ((b[found[0]] == 2).float().mean() - 0.8).abs() < 0.05
+        assert (found[0] == found[1]).float().mean() < 0.05 if drawings else torch.equal(*found)
+
+
 def test_toy_runs_are_kept_and_its_table_is_of_what_is_there(tmp_path, monkeypatch):
-    sets = [reproduce.draw_toy([seed]) for seed in range(3)]
-    torch.save(sets, tmp_path / "plates.pt")
-    small = "--steps 2 --hidden 16 --output 8 --dim 16 --depth 1 --heads 2".split()
-    monkeypatch.setattr(reproduce, "TOY", [*reproduce.TOY, *small])
-    for script in (msn, pmsn, linear_eval):  # they are put back afterwards
-        monkeypatch.setattr(script, "draw_plates", script.draw_plates)
-    threads = torch.get_num_threads()
-    reproduce.run_toy(tmp_path, "PMSN 1.5", 1)
+    monkeypatch.setattr(reproduce, "toy", lambda exponent, seed, **form: (exponent, seed, 5 - seed))
+    forms, threads = list(reproduce.FORMS), torch.get_num_threads()
+    for exponent, seed in itertools.product((0.0, 2.0), (0, 1, 2)):
+        reproduce.toy_run((tmp_path, forms[1], exponent, seed))
+    monkeypatch.setattr(reproduce, "toy", None)  # what is there is not run again
+    reproduce.toy_run((tmp_path, forms[1], 2.0, 1))
     torch.set_num_threads(threads)
-    there = reproduce.folder(tmp_path, "toy", "PMSN 1.5", 1)
-    options = torch.load(there / "checkpoint.pt")["options"]
-    assert options["exponent"] == 1.5 and options["num_prototypes"] == 4 and options["seed"] == 1
-    found = reproduce.nearest_prototypes(there / "checkpoint.pt", sets[2][0])
-    held = [reproduce.told(found, sets[2][1]["digits"][:, i].numpy()) for i in (0, 2)]
-    assert json.loads((there / "prototypes.json").read_text()) == held
-    best = json.loads((there / reproduce.RESULT).read_text())["heads"][0]["targets"]
-    assert 15 < min(best) and max(best) <= 100
-    before = (there / "checkpoint.pt").stat().st_mtime
-    reproduce.run_toy(tmp_path, "PMSN 1.5", 1)
-    assert (there / "checkpoint.pt").stat().st_mtime == before
-
-
-def test_toy_table(tmp_path):
-    for seed, method in itertools.product((0, 2), ("MSN", "PMSN 1.5")):
-        there = reproduce.folder(tmp_path, "toy", method, seed)
-        there.mkdir()
-        heads = [dict(feature="cls4", targets=[90, 0, 80 + seed])]
-        heads += [dict(feature="cls", targets=[70, 0, 60])]
-        result = dict(heads=heads, untrained_heads=[dict(feature="cls", targets=[30, 0, 20])])
-        (there / reproduce.RESULT).write_text(json.dumps(result))
-        (there / "prototypes.json").write_text("[41.0, 2.25]")
     rows = reproduce.toy_table(tmp_path).splitlines()
-    right = "70.0 ± 0.0, 60.0 ± 0.0 | 90.0 ± 0.0, 81.0 ± 1.0 |"
-    assert rows[2] == f"| MSN | 2 | 41.0 ± 0.0, 2.2 ± 0.0 | {right}"
-    assert rows[3] == rows[2].replace("MSN", "PMSN 1.5")
-    assert rows[4].startswith("| untrained | ") and "| -, - | 30.0 ± 0.0, 20.0" in rows[4]
+    assert rows[2:] == [
+        f"| {forms[1]} | uniform | 3 | 0 ± 0 | 1 ± 1 | 0, 2 |",
+        f"| {forms[1]} | matching | 3 | 2 ± 0 | 1 ± 1 | 2, 2 |",
+    ]
