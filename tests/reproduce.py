@@ -9,9 +9,9 @@ thread each, and prints the table, of means over seeds and standard errors.
 priors: long-tailed and balanced plates. Per cent right of each digit (first middle last) on all
 test images, on the tenth of the classes seen most and the rarer half.
 
-toy: plates a 0 b, of which a is balanced and b follows a power law, and as many prototypes as a has
-values, and b. Which of the two do prototypes tell, and under which prior? Both views have the same
-number; in some forms it is drawn anew, so that nothing else is common to them.
+toy: numbers a 0 b, two values each, of which a is balanced and b follows a power law, and two
+prototypes. Which of the two digits do prototypes tell, and under which prior? Both digits are given
+as codes, so equally easy; or the numbers are plates, and a view's pair another drawing or the same.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -46,13 +47,16 @@ METHODS |= {f"PMSN {e}": ["pmsn.py", "--exponent", e] for e in ("0.25", "0.5", "
 SEEDS = 0, 1, 2
 RESULT = "linear_eval_plates_digits.json"
 
-TAIL = 2.0  # the toy's last digit has its k-th value with a share proportional to k**-TAIL
+VALUES, TAIL = (2, 4), 2.0  # of the toy's digits; b's k-th has a share proportional to k**-TAIL
 PRIORS = {"uniform": 0.0, "matching": TAIL}
 TOY_SEEDS = range(12)
+PLATES = dict(hidden=256, output=32, lr=3e-3, noise=0.1)
+CODES = dict(hidden=64, output=16, lr=1e-2, codes=True)
 FORMS = {
-    "two values, views of two drawings": dict(values=(2, 4), drawings=True),
-    "two values, views of one drawing": dict(values=(2, 4), drawings=False),
-    "four values, views of two drawings": dict(values=(1, 2, 4, 7), drawings=True),
+    "codes, noise 0.5": CODES | dict(noise=0.5),
+    "codes, noise 0.3": CODES | dict(noise=0.3),
+    "plates, views of two drawings": PLATES,
+    "plates, views of one drawing": PLATES | dict(drawings=False),
 }
 
 
@@ -106,8 +110,8 @@ def told(prototype, digit):
     return 100 * (entropy(rows) + entropy(columns) - entropy(joint)) / entropy(columns)
 
 
-class Pixels(nn.Module):
-    """In place of an encoder: images (B, 1, 32, 32) -> (B, 1024)."""
+class NoEncoder(nn.Module):
+    """images (B, ...) -> (B, D): projector and prototypes learn on the numbers of the images."""
 
     def forward(self, images, keep=None):
         return images.flatten(1)
@@ -123,39 +127,46 @@ def toy_plates(seeds):
     return pixels, digits[chosen, 0], digits[chosen, 2]
 
 
-def toy(exponent, seed, values, drawings, steps=500):
-    """MSN's projector and prototypes learn on pixels alone, by pmsn.py's own step; exponent: of the
-    prior, 0: MSN's. -> what prototypes tell of a and of b (per cent), on balanced new pictures; the
-    mean loss of the last tenth of the steps."""
-    rng, K = torch.Generator().manual_seed(seed), len(values)
+def toy_data(seeds, codes):
+    """Plates whose a and b are of VALUES: images, or codes (N, 4), one-hot for a, then for b; which
+    values they have, (N,) each, and N for each of the four numbers."""
+    images, *digits = toy_plates(seeds)
+    kept = torch.isin(torch.stack(digits), torch.tensor(VALUES)).all(dim=0)
+    a, b = ((digit[kept] == VALUES[1]).long() for digit in digits)
+    images = torch.cat([F.one_hot(a), F.one_hot(b)], dim=1).float() if codes else images[kept]
+    cells = torch.stack([(2 * a + b == cell).nonzero()[:, 0] for cell in range(4)])
+    return images, a, b, cells
+
+
+def toy(exponent, seed, hidden, output, lr, noise, codes=False, drawings=True, steps=500):
+    """MSN's projector and two prototypes learn by pmsn.py's own step; exponent: of the prior, 0:
+    MSN's. -> what prototypes tell of a and of b, per cent, on balanced new data; the mean loss of
+    the last tenth of the steps. drawings: whether the two views are of two drawings of a number."""
+    rng = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    images, *digits = toy_plates((2, 3, 4, 5, 6, 7))
-    a, b = ([(x == v) for v in values] for x in digits)
-    cells = torch.stack([(a[i] & b[j]).nonzero()[:, 0] for i in range(K) for j in range(K)])
-    model = msn.MSN(Pixels(), dim=1024, hidden=256, output=32, num_prototypes=K)
+    images, _, _, cells = toy_data((2, 3, 4, 5, 6, 7), codes)
+    model = msn.MSN(NoEncoder(), images[0].numel(), hidden, output, num_prototypes=2)
     target = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(msn.parameter_groups(model))
-    prior, tail = power_law_prior(K, exponent), power_law_prior(K, TAIL)
-    losses = []
-    for step in range(steps):
-        cell = torch.randint(K, (128,), generator=rng) * K  # a is balanced
+    prior, tail, losses = power_law_prior(2, exponent), power_law_prior(2, TAIL), []
+    options = dict(lr=lr, weight_decay=0.01, ema=0.99, clip=3.0, temperature=0.1, sharpen=0.25)
+    options |= dict(prior=prior, prior_weight=1.0, sinkhorn=True)
+    for _ in range(steps):
+        cell = 2 * torch.randint(2, (128,), generator=rng)  # a is balanced
         cell += torch.multinomial(tail, 128, replacement=True, generator=rng)  # b is not
         which, views = torch.randint(cells.shape[1], (2, 128), generator=rng), []
         for number in which if drawings else which[:1].expand(2, -1):
-            polarity = torch.randint(2, (128, 1, 1, 1), generator=rng) * 2 - 1
-            noise = 0.1 * torch.randn(128, 1, 32, 32, generator=rng)
-            views.append(polarity * images[cells[cell, number]] + noise)
-        options = dict(lr=3e-3 * min(1, (step + 1) / 50), weight_decay=0.05, ema=0.99, clip=3.0)
-        options |= dict(temperature=0.1, sharpen=0.25, prior=prior, prior_weight=1.0, sinkhorn=True)
+            view = images[cells[cell, number]]
+            if not codes:  # light on dark or dark on light
+                view = view * (torch.randint(2, (128, 1, 1, 1), generator=rng) * 2 - 1)
+            views.append(view + noise * torch.randn(view.shape, generator=rng))
         terms, *_ = pmsn.pmsn_step(model, target, optimizer, views, None, **options)
         losses.append(terms[1])
-    images, *digits = toy_plates((8, 9))
-    a, b = (torch.stack([x == v for v in values]) for x in digits)
-    kept = a.any(dim=0) & b.any(dim=0)
+    images, a, b, _ = toy_data((8, 9), codes)
     with torch.no_grad():
-        z, prototypes = target.eval()([images[kept]])
+        z, prototypes = target.eval()([images])
     prototype = msn.log_assignment(z, prototypes, 0.1).argmax(dim=1).numpy()
-    held = [told(prototype, x[:, kept].int().argmax(dim=0).numpy()) for x in (a, b)]
+    held = [max(told(prototype, digit.numpy()), 0.0) for digit in (a, b)]
     return *held, torch.stack(losses[-steps // 10 :]).mean().item()
 
 

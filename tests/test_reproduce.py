@@ -81,9 +81,9 @@ def test_toy_plates():
 def test_toy_draws_by_the_shares_and_in_its_form(monkeypatch):
     """Views are caught: a is balanced, b follows the power law, a view is of its cell's number, and
     both are of one drawing or of two."""
-    images, a, b = reproduce.toy_plates((2, 3, 4, 5, 6, 7))
+    images, a, b, _ = reproduce.toy_data((2, 3, 4, 5, 6, 7), codes=False)
     flat, seen = images.flatten(1), []
-    monkeypatch.setattr(reproduce, "toy_plates", lambda seeds: (images, a, b))
+    assert (2 * a + b).bincount().tolist() == [300] * 4
 
     def step(model, target, optimizer, views, keep, **options):
         assert options["sinkhorn"] and options["prior"].shape == (2,)
@@ -93,14 +93,29 @@ def test_toy_draws_by_the_shares_and_in_its_form(monkeypatch):
     monkeypatch.setattr(reproduce.pmsn, "pmsn_step", step)
     for drawings in (True, False):
         seen.clear()
-        reproduce.toy(2.0, 0, (2, 4), drawings, steps=10)
+        form = reproduce.PLATES | dict(drawings=drawings)
+        reproduce.toy(2.0, 0, **form, steps=10)
         first, second = (torch.cat(views) for views in zip(*seen))
         found = [(view @ flat.T).abs().argmax(dim=1) for view in (first, second)]
-        numbers = [100 * a[i] + b[i] for i in found]
-        assert torch.equal(*numbers) and set(numbers[0].tolist()) == {202, 204, 402, 404}
-        assert ((a[found[0]] == 2).float().mean() - 0.5).abs() < 0.05
-        assert ((b[found[0]] == 2).float().mean() - 0.8).abs() < 0.05
+        numbers = [2 * a[i] + b[i] for i in found]
+        assert torch.equal(*numbers) and set(numbers[0].tolist()) == {0, 1, 2, 3}
+        assert (a[found[0]].float().mean() - 0.5).abs() < 0.05
+        assert (b[found[0]].float().mean() - 0.2).abs() < 0.05
         assert (found[0] == found[1]).float().mean() < 0.05 if drawings else torch.equal(*found)
+    seen.clear()
+    reproduce.toy(2.0, 0, **reproduce.CODES, noise=0.0, steps=3)
+    for view, other in seen:
+        assert torch.equal(view, other) and view.unique(dim=0).shape == (4, 4)
+        assert (view[:, :2].sum(dim=1) == 1).all() and (view[:, 2:].sum(dim=1) == 1).all()
+
+
+def test_priors_choose_the_digit():
+    """The toy's point, in seconds: on codes the uniform prior keeps a and the matching one b."""
+    form = reproduce.CODES | dict(noise=0.5)
+    uniform = [reproduce.toy(0.0, seed, **form) for seed in (0, 1, 2)]
+    matching = [reproduce.toy(reproduce.TAIL, seed, **form) for seed in (0, 1, 2)]
+    assert min(a for a, _, _ in uniform) > 90 and max(b for _, b, _ in uniform) < 10
+    assert max(a for a, _, _ in matching) < 50 and max(b for _, b, _ in matching) > 90
 
 
 def test_toy_runs_are_kept_and_its_table_is_of_what_is_there(tmp_path, monkeypatch):
