@@ -147,7 +147,9 @@ def test_no_placeholder_no_dead_link_and_short():
 
 
 def test_options_in_readme_exist():
-    source = "".join((ROOT / name).read_text() for name in (*SCRIPTS, "linear_eval.py"))
+    source = "".join(
+        (ROOT / name).read_text() for name in (*SCRIPTS, "linear_eval.py", "tests/reproduce.py")
+    )
     known = {f"--{name.replace('_', '-')}" for x in SCRIPTS.values() for name in x.PAPER}
     known |= set(re.findall(r'"(--[\w-]+)"', source)) | {"--help", "--nproc_per_node", "--from"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) <= known
