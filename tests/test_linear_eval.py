@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -468,16 +469,18 @@ def test_the_methods_own_protocols_run(protocol, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("mode", [[], ["--cached"]])
 def test_two_processes_equal_one_to_the_last_digit(checkpoint, folder, tmp_path, mode):
-    """81 training images, of which 9 are held out, and 20 of the test set: nothing is even."""
-    reports = []
+    """The file alone, in an empty folder; parts of training and test set are never even."""
+    reports, script = [], shutil.copy(ROOT / "linear_eval.py", tmp_path)
     for processes in (1, 2):
         out = tmp_path / f"{processes}.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}", str(ROOT / "linear_eval.py"), str(checkpoint)]
+        command += [f"--nproc_per_node={processes}", str(script), str(checkpoint)]
         command += ["--train-fraction", "0.99", "--epochs", "2", "--batch-size", "20"]
         command += [*mode, "--workers", "0", "--out", str(out), "--knn", "2"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         assert done.stdout.count("untrained") == 1
         reports.append(json.loads(out.read_text()))
