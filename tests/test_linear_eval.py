@@ -754,7 +754,7 @@ def picture(path, seed, size=(48, 32)):
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    """Small data sets in the layouts of CLEVR, KITTI and Places205 as published."""
+    """Small data sets in the layouts of CLEVR, KITTI, Places205, iNaturalist 2018 as published."""
     root = tmp_path_factory.mktemp("study")
     golden = json.loads((GOLDEN / "clevr_labels.json").read_text())
     for split in ("train", "val"):
@@ -780,6 +780,14 @@ def study(tmp_path_factory):
         file.write_text("".join(f"{path} {label}\n" for path, label in rows))
     for i, (path, _) in enumerate(rows):
         picture(root / "Places/data/vision/torralba/deeplearning/images256" / path, i)
+    for split, first in (("train", 0), ("val", 6)):
+        names = [f"train_val2018/Aves/{i % 3 + 4000}/{i}.jpg" for i in range(first, first + 6)]
+        images = [dict(id=10 * i, file_name=name) for i, name in enumerate(names)]
+        labels = [dict(image_id=10 * i, category_id=i % 3 + 4000) for i in reversed(range(6))]
+        for i, name in enumerate(names):
+            picture(root / "iNat" / name, first + i)
+        listing = json.dumps(dict(images=images, annotations=labels))
+        (root / f"iNat/{split}2018.json").write_text(listing)
     return root
 
 
@@ -805,6 +813,10 @@ def test_the_studys_data_sets_are_read_as_published(study):
     assert {Path(x).stem for x in train[0] + test[0]} == expected.keys()
     for images, labels, _ in (train, test):
         assert labels[:, 0].tolist() == [expected[Path(x).stem] for x in images]
+    train, test, classes, *named = linear_eval.open_task(str(study / "iNat"), None)
+    assert named == ["class", "inat18"] and classes == 4003  # as in the lists, not by folders
+    for images, labels, _ in (train, test):
+        assert [int(Path(x).parent.name) for x in images] == labels[:, 0].tolist()
     train, test, classes, *named = linear_eval.open_task(str(study / "Places"), None)
     assert classes == 205 and named == ["class", "places205"]
     assert train[1][:, 0].tolist() == [0, 7, 204]
@@ -818,6 +830,7 @@ def test_the_studys_data_sets_are_read_as_published(study):
         ("CLEVR_v1.0", "dist", 100, "flip"),
         ("KITTI", "dist", 28, "crop"),
         ("Places", "class", 14, "crop"),
+        ("iNat", "class", 84, "crop"),
     ],
 )
 def test_the_studys_data_sets_are_evaluated_by_vissls_recipes(
@@ -829,6 +842,22 @@ def test_the_studys_data_sets_are_evaluated_by_vissls_recipes(
     assert report["task"] == f"{study / data} {target}" and report["epochs"] == epochs
     assert 0 <= report["top1"] <= 100 and len(report["heads"]) == 3 * 2 * 3
     assert report["augment"] == augment and report["batch_size"] == 256
+
+
+def test_cifar100_is_flipped_and_its_val_is_the_test_set(checkpoint, tmp_path, monkeypatch):
+    class Cifar:
+        def __init__(self, root, train, download):
+            rng = np.random.default_rng(train)
+            self.targets = list(range(100)) * (2 if train else 1)
+            self.data = rng.integers(256, size=(len(self.targets), 32, 32, 3), dtype=np.uint8)
+
+    monkeypatch.setattr(linear_eval, "CIFAR100", Cifar)
+    options = ["--data", "cifar100", "--epochs", "1", "--out", str(tmp_path / "r.json")]
+    linear_eval.main([str(checkpoint), *options])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert (report["recipe"], report["augment"]) == ("cifar100", "flip")
+    assert report["training_images"] == 180 and report["task"] == "cifar100 class"
+    assert linear_eval.TASKS["cifar100"]["epochs"] == 28
 
 
 def test_clevr_is_squashed_and_its_rate_falls_by_a_cosine(study, monkeypatch):
