@@ -102,6 +102,8 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--save-every", type=int, default=500, help="steps")
+    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
     for name, value in PAPER.items():
         kind = dict(type=type(value))
         if isinstance(value, bool):
@@ -118,12 +120,12 @@ def parse_args(argv=None):
             print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
     vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
     shares = "flip ema crop drop_path attention_dropout".split()
-    may_be_0 = "seed workers long_tail standardise jitter warmup final_lr weight_decay ema_anneal"
-    may_be_0 = may_be_0.split() + shares
+    may_be_0 = "seed workers long_tail jitter warmup final_lr weight_decay ema_anneal".split()
+    may_be_0 += shares
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
             limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = isinstance(x, (int, float)), "from" if name in may_be_0 else "above"
+            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
             if number and not (0 < x <= limit or x == 0 and name in may_be_0):
                 fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
     for name in ("drop_path", "attention_dropout"):
@@ -458,15 +460,14 @@ def drop_paths(u, rate):
 
 
 def data2vec_step(model, target, optimizer, images, mask, lr, ema, clip, top_k=6, beta=2.0,
-                  paths=None, dropout=0.0):  # fmt: skip
+                  paths=None, dropout=0.0, bf16=False):  # fmt: skip
     """One step on images (B, 3, H, W), mask (B, N), in the official order: clip, step, move the
     target -> gradient norm; loss; deviation of the targets over patches, 0 if all are one."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     with torch.no_grad():  # of the whole image, without noise, in float32, as official
         y = data2vec_targets(target.encoder(images), top_k)[mask]  # (M, D)
-    device = images.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # slower on CPUs
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         pred = model(images, mask, paths, dropout)
     total = torch.tensor([float(len(y)), 1.0], device=images.device)  # patches, processes
     if dist.is_initialized():
@@ -607,11 +608,10 @@ def train(args):
         paths = drop_paths(paths, args.drop_path).to(device) if args.drop_path else None
         images = normalise(jitter_colours(images, u, args.jitter), args.standardise)
         torch.manual_seed(hash((args.seed, step, 3, R)))  # dropout is each process's own
-        times = [int(args.warmup * epoch_steps), steps], int(args.ema_anneal * epoch_steps)
-        rates = schedules_of(step, *times[0], args.lr, args.final_lr, args.ema, times[1])
-        noise = dict(paths=paths, dropout=args.attention_dropout)
-        inputs = model, target, optimizer, images, mask
-        terms = data2vec_step(*inputs, **rates, **pick("clip top_k beta"), **noise)
+        warmup, anneal = (int(epochs * epoch_steps) for epochs in (args.warmup, args.ema_anneal))
+        rates = schedules_of(step, warmup, steps, args.lr, args.final_lr, args.ema, anneal)
+        chosen = pick("clip top_k beta bf16") | dict(paths=paths, dropout=args.attention_dropout)
+        terms = data2vec_step(model, target, optimizer, images, mask, **rates, **chosen)
         recent.append(terms)
         now, _ = step + 1, bar.update()
         flag = torch.tensor(float(bool(terminated)))

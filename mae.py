@@ -93,6 +93,8 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--save-every", type=int, default=500, help="steps")
+    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
     for name, value in PAPER.items():
         kind = dict(type=type(value))
         if isinstance(value, bool):
@@ -109,12 +111,11 @@ def parse_args(argv=None):
             print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
     vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
     shares = "flip mask_ratio crop".split()
-    may_be_0 = "seed workers long_tail standardise norm_pix_loss warmup final_lr".split()
-    may_be_0 += ["weight_decay", *shares]
+    may_be_0 = "seed workers long_tail warmup final_lr weight_decay".split() + shares
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
             limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = isinstance(x, (int, float)), "from" if name in may_be_0 else "above"
+            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
             if number and not (0 < x <= limit or x == 0 and name in may_be_0):
                 fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
     if args.image_size % args.patch_size:
@@ -388,13 +389,12 @@ def encoder_state(mae):
     return {name: x for name, x in mae.state_dict().items() if not name.startswith(decoder)}
 
 
-def mae_step(model, optimizer, images, noise, lr, mask_ratio=0.75):
+def mae_step(model, optimizer, images, noise, lr, mask_ratio=0.75, bf16=False):
     """One step on images (B, 3, H, W) with the noise (B, N) of their masks -> gradient norm and
     loss, of this process; the prediction; the mask."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    device = images.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # slower on CPUs
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         loss, pred, mask = model(images, mask_ratio, noise)
     optimizer.zero_grad()
     loss.backward()
@@ -538,7 +538,8 @@ def train(args):
         torch.manual_seed(hash((args.seed, step, 1)))
         noise = torch.rand(B * W, N)[R * B :][:B].to(device)  # of the global batch, then cut
         lr = learning_rate(step, int(args.warmup * epoch_steps), steps, peak, args.final_lr * peak)
-        terms, pred, mask = mae_step(model, optimizer, images, noise, lr, args.mask_ratio)
+        inputs = model, optimizer, images, noise, lr
+        terms, pred, mask = mae_step(*inputs, args.mask_ratio, args.bf16)
         recent.append(terms)
         now, _ = step + 1, bar.update()
         flag = torch.tensor(float(bool(terminated)))

@@ -106,6 +106,8 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--save-every", type=int, default=500, help="steps")
+    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
     for name, value in PAPER.items():
         kind = dict(type=type(value))
         if isinstance(value, bool):
@@ -122,12 +124,12 @@ def parse_args(argv=None):
             print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
     vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
     shares = "patch_drop flip grey blur solarise threshold ema rand_crop focal_crop".split()
-    may_be_0 = "seed workers long_tail sinkhorn standardise me_max_weight focal_views noise"
-    may_be_0 = f"{may_be_0} jitter warmup start_lr final_lr weight_decay".split() + shares
+    may_be_0 = "seed workers long_tail focal_views noise jitter warmup start_lr final_lr"
+    may_be_0 = f"{may_be_0} weight_decay me_max_weight".split() + shares
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
             limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = isinstance(x, (int, float)), "from" if name in may_be_0 else "above"
+            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
             if number and not (0 < x <= limit or x == 0 and name in may_be_0):
                 fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
     if args.batch_size < 2:
@@ -457,15 +459,17 @@ class MSN(nn.Module):
         return torch.cat(z), self.prototypes
 
 
-def msn_step(model, target, optimizer, views, keep, lr, weight_decay, ema, clip, **loss_options):
+def msn_step(
+    model, target, optimizer, views, keep, lr, weight_decay, ema, clip, bf16=False, **loss_options
+):
     """One step, in the official order: clip, step, move the target. views: the target view, then
     groups of anchors -> (gradient norm, loss, its two terms); the mean prediction (K,) of this
     process; the targets' embeddings."""
-    groups, device = optimizer.param_groups, views[0].device.type
+    groups = optimizer.param_groups
     groups[0]["weight_decay"] = weight_decay  # the other groups are not decayed
     for group in groups:
         group["lr"] = lr
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # slower on CPUs
+    with torch.autocast(views[0].device.type, torch.bfloat16, enabled=bf16):
         with torch.no_grad():
             targets, _ = target(views[:1])  # in training mode: BatchNorm by the batch, as official
         anchors, prototypes = model(views[1:], keep)
@@ -670,8 +674,8 @@ def train(args):
         keep = keep[: int(len(keep) * (1 - args.patch_drop))].to(device)
         rates = pick("epochs warmup start_lr lr final_lr weight_decay ema")
         rates = schedules(step, epoch_steps, **rates)
-        loss_options = pick("clip temperature sharpen me_max_weight sinkhorn")
-        result = msn_step(model, target, optimizer, inputs, keep, **rates, **loss_options)
+        chosen = pick("clip bf16 temperature sharpen me_max_weight sinkhorn")
+        result = msn_step(model, target, optimizer, inputs, keep, **rates, **chosen)
         recent = [*recent, torch.cat(result[:2])]
         seen = [*seen, (result[2], crops[0][0])][-(1000 // B + 1) :]
         now, _ = step + 1, bar.update()

@@ -97,6 +97,8 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--save-every", type=int, default=500, help="steps")
+    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
     for name, value in PAPER.items():
         kind = dict(type=type(value))
         if isinstance(value, list):
@@ -117,7 +119,7 @@ def parse_args(argv=None):
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
             limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = isinstance(x, (int, float)), "from" if name in may_be_0 else "above"
+            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
             if number and not (0 < x <= limit or x == 0 and name in may_be_0):
                 fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
     if args.batch_size < 2:
@@ -370,13 +372,12 @@ class SimCLR(nn.Module):
         return self.projector(self.encoder(images))
 
 
-def simclr_step(model, optimizer, images, lr, temperature):
+def simclr_step(model, optimizer, images, lr, temperature, bf16=False):
     """One step on the views (2B, 3, H, W), view-major -> the loss, and how far embeddings spread:
     the deviation of unit vectors, 1 if they lie evenly on the sphere, 0 if all are the same."""
-    device = images.device.type
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):  # slower on CPUs
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
         z1, z2 = model(images).chunk(2)
     loss = nt_xent_loss(z1, z2, temperature)
     optimizer.zero_grad()
@@ -570,7 +571,7 @@ def train(args):
         colours = pick("jitter grey blur blur_sigma solarise threshold")
         inputs = photometry(crops[0].flatten(0, 1).to(device), u.flatten(0, 1), **colours)
         lr = learning_rate(step, int(args.warmup * epoch_steps), steps, peak, args.final_lr * peak)
-        terms = simclr_step(model, optimizer, inputs, lr, args.temperature)
+        terms = simclr_step(model, optimizer, inputs, lr, args.temperature, args.bf16)
         recent.append(terms)
         now, _ = step + 1, bar.update()
         flag = torch.tensor(float(bool(terminated)))

@@ -99,6 +99,8 @@ def parse_args(argv=None):
     p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--save-every", type=int, default=500, help="steps")
+    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
+    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
     for name, value in PAPER.items():
         kind = dict(type=type(value))
         if isinstance(value, bool):
@@ -117,12 +119,12 @@ def parse_args(argv=None):
             print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
     vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
     shares = "flip grey blur solarise threshold momentum crop".split()
-    may_be_0 = "seed workers long_tail jitter warmup final_lr weight_decay standardise"
-    may_be_0 = f"{may_be_0} sim_coeff std_coeff cov_coeff".split() + shares
+    may_be_0 = "seed workers long_tail jitter warmup final_lr weight_decay sim_coeff std_coeff"
+    may_be_0 = f"{may_be_0} cov_coeff".split() + shares
     for name, value in vars(args).items():
         for x in value if isinstance(value, list) else [value]:
             limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = isinstance(x, (int, float)), "from" if name in may_be_0 else "above"
+            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
             if number and not (0 < x <= limit or x == 0 and name in may_be_0):
                 fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
     if args.batch_size < 2:
@@ -383,11 +385,11 @@ class VICReg(nn.Module):
         return self.expander(self.encoder(x1)), self.expander(self.encoder(x2))
 
 
-def vicreg_step(model, optimizer, x1, x2, lr, **coefficients):
+def vicreg_step(model, optimizer, x1, x2, lr, bf16=False, **coefficients):
     """One step on two views (B, 3, H, W) -> (4,): the loss and its three terms."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with torch.autocast(x1.device.type, torch.bfloat16, enabled=x1.is_cuda):  # slower on CPUs
+    with torch.autocast(x1.device.type, torch.bfloat16, enabled=bf16):
         z1, z2 = model(x1, x2)
     terms = vicreg_loss(z1, z2, **coefficients)
     optimizer.zero_grad()
@@ -580,7 +582,8 @@ def train(args):
             colours = pick("jitter grey blur_sigma threshold") | dict(blur=blur, solarise=solarise)
             inputs.append(normalise(photometry(view, numbers, **colours), args.standardise))
         lr = learning_rate(step, int(args.warmup * epoch_steps), steps, peak, args.final_lr * peak)
-        terms = vicreg_step(model, optimizer, *inputs, lr, **pick("sim_coeff std_coeff cov_coeff"))
+        coefficients = pick("sim_coeff std_coeff cov_coeff")
+        terms = vicreg_step(model, optimizer, *inputs, lr, args.bf16, **coefficients)
         recent.append(terms)
         now, _ = step + 1, bar.update()
         flag = torch.tensor(float(bool(terminated)))
