@@ -5,13 +5,15 @@ python tests/benchmark.py bf16 SCRIPT     images/s on plates with --bf16 over th
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -26,7 +28,7 @@ def mask(rounds, batch_size=8, image_size=224, **sizes):
     one that encodes all but one (of all of them no loss is left) -> the two medians."""
     model = mae.MAE(image_size, norm_pix_loss=True, **sizes)
     optimizer, patches = mae.optimizer_of(model, 0.05), model.pos_embed.shape[1] - 1
-    images, noise = torch.randn(batch_size, 3, image_size, image_size), None
+    images = torch.randn(batch_size, 3, image_size, image_size)
     seconds = {0.75: [], 1 / patches: []}
     for _ in range(1 + rounds):
         for ratio, list_ in seconds.items():
@@ -37,18 +39,22 @@ def mask(rounds, batch_size=8, image_size=224, **sizes):
     return [statistics.median(list_[1:]) for list_ in seconds.values()]
 
 
-def bf16(script, rounds, *options):
-    """Images/s of `script` on plates, with and without --bf16: medians over `rounds` runs of each,
-    of the last log line of ten steps."""
-    speeds = {"--bf16": [], "--no-bf16": []}
+def bf16(name, rounds, *options):
+    """Images/s of a script's recipe for plates with and without --bf16: of each the median over
+    `rounds` runs of twenty steps, the last ten of which count."""
+    script, speeds = importlib.import_module(name), {"--bf16": [], "--no-bf16": []}
+    plates = script.draw_plates(2, seed=0)
     for _ in range(rounds):
         for flag, list_ in speeds.items():
-            with tempfile.TemporaryDirectory() as out:
-                command = [sys.executable, f"{script}.py", flag, "--out", out, "--steps", "20"]
-                command += ["--log-every", "10", *options]
-                subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+            with (
+                tempfile.TemporaryDirectory() as out,
+                mock.patch.object(script, "draw_plates", lambda per_class, seed: plates),
+                contextlib.redirect_stdout(None),
+            ):
+                command = f"{flag} --epochs 20 --steps 20 --log-every 10 --out {out}".split()
+                script.main([*command, *options])
                 line = (Path(out) / "log.jsonl").read_text().splitlines()[-1]
-                list_.append(json.loads(line)["images_per_second"])
+            list_.append(json.loads(line)["images_per_second"])
     return [statistics.median(list_) for list_ in speeds.values()]
 
 
