@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import mae  # noqa: E402
 
 
-def mask(rounds, batch_size=8, image_size=224, **sizes):
+def mask(rounds, batch_size=16, image_size=224, **sizes):
     """Seconds of a step of ViT-B/16 (or of `sizes`) that encodes a quarter of the patches, and of
     one that encodes all but one (of all of them no loss is left) -> the two medians."""
     model = mae.MAE(image_size, norm_pix_loss=True, **sizes)
