@@ -836,7 +836,7 @@ def evaluate(args):
         out.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(f"{out}.partial")
         partial.touch()
-        partial.unlink()  # it was only to try; what fails below leaves nothing behind
+        partial.unlink(missing_ok=True)  # only to try, as all processes do; leave nothing behind
         if out.is_dir():
             raise IsADirectoryError("it is a folder")
     except OSError as error:

@@ -487,6 +487,15 @@ def test_two_processes_equal_one_to_the_last_digit(checkpoint, folder, tmp_path,
     assert reports[0] == reports[1]
 
 
+def test_another_process_may_remove_the_file_that_tries_the_folder(
+    checkpoint, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(Path, "touch", lambda self: None)  # gone before this process unlinks it
+    options = ["--cached", "--epochs", "1", "--workers", "0", "--out", str(tmp_path / "x.json")]
+    linear_eval.main([str(checkpoint), *options])
+    assert (tmp_path / "x.json").exists()
+
+
 @pytest.mark.parametrize("mode", [[], ["--cached"]])
 def test_a_stopped_evaluation_goes_on(checkpoint, folder, tmp_path, monkeypatch, mode):
     def start(name):
