@@ -77,7 +77,7 @@ RECIPES = {
     "cifar100": SMALL,
     "plates": SMALL | dict(
         patch_size=8, num_masked=9, min_block=2, flip=0.0, crop=[0.6, 1.0], jitter=[0.0] * 4,
-        standardise=True, epochs=8, warmup=0.5, ema_anneal=3.0,
+        standardise=True, batch_size=960, epochs=10, warmup=1.0, lr=3e-3, ema_anneal=5.0,
     ),
 }  # fmt: skip
 
@@ -258,25 +258,23 @@ def block_mask(grid_size, num_masked, min_block=16, rng=random):
     """Rectangles at random places until num_masked patches are masked -> (grid, grid) bool, True:
     masked. At most num_masked, often fewer: ten rectangles in a row that do not fit end the search.
     The draws and their order are the official code's (BEiT), so one seed gives one mask."""
-    mask, count = torch.zeros(grid_size, grid_size, dtype=torch.bool), 0
-    while count < num_masked:
-        cap = num_masked - count
+    masked, g = set(), grid_size
+    while len(masked) < num_masked:
+        cap = num_masked - len(masked)
         for _ in range(10):
             area = rng.uniform(min_block, cap)
             aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
             h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h >= grid_size or w >= grid_size:
+            if h >= g or w >= g:
                 continue
-            top, left = rng.randint(0, grid_size - h), rng.randint(0, grid_size - w)
-            block = mask[top : top + h, left : left + w]
-            new = h * w - int(block.sum())
-            if 0 < new <= cap:
-                block[:] = True
-                count += new
+            top, left = rng.randint(0, g - h), rng.randint(0, g - w)
+            block = {g * r + c for r in range(top, top + h) for c in range(left, left + w)}
+            if 0 < len(block - masked) <= cap:
+                masked |= block
                 break
         else:
             break
-    return mask
+    return torch.tensor([patch in masked for patch in range(g * g)]).view(g, g)
 
 
 class MaskedViews(Dataset):

@@ -572,8 +572,8 @@ def train(args):
             saved["encoder"] = encoder_state(mae)
             torch.save(saved, out / "checkpoint.partial")  # renamed: a kill leaves no half file
             os.replace(out / "checkpoint.partial", out / "checkpoint.pt")
-            shown = [x[:8] for x in (images, pred, mask)], args.patch_size, args.norm_pix_loss
-            draw_reconstruction(*shown[0], *shown[1:], out / "reconstruction.png")
+            shown = *(x[:8] for x in (images, pred, mask)), args.patch_size, args.norm_pix_loss
+            draw_reconstruction(*shown, out / "reconstruction.png")
         if last:
             break
     bar.close()

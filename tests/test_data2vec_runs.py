@@ -214,7 +214,7 @@ def test_defaults_follow_the_data_and_classes_raise_the_recipes_batch():
     paper |= dict(weight_decay=0.05, ema=[0.999, 0.9998], ema_anneal=0.0, standardise=False)
     found = data2vec.parse_args(["--data", "pictures"])
     assert {name: getattr(found, name) for name in paper} == paper
-    assert data2vec.parse_args([]).image_size == 32 and data2vec.parse_args([]).batch_size == 128
+    assert data2vec.parse_args([]).image_size == 32 and data2vec.parse_args([]).batch_size == 960
     many = "--data cifar100 --k-classes 600".split()
     assert data2vec.parse_args(many).batch_size == 640
     assert data2vec.parse_args([*many, "--batch-size", "64"]).batch_size == 64
