@@ -16,18 +16,20 @@ data2vec is, like MAE, the control, which hardly cares how many classes a mini-b
     python data2vec.py                                               plates, minutes on a laptop
     torchrun --nproc_per_node=16 data2vec.py --data IMAGENET --k-classes 960    (or 8: imbalanced)
 
-Read block_mask, data2vec_targets and data2vec_loss, then Data2Vec and data2vec_step, then train;
-sampler.py says what --k-classes does. In shapes: B images a process, g patches a side, N = g * g,
-D width, M masked patches of a process's images.
+Read on as far as the line "Plumbing": that is the whole method. sampler.py has the data and
+--k-classes. In shapes: B images in a process, g patches a side, N = g * g, D width, M masked
+patches of a process's images.
 """
 
 import argparse
+import contextlib
 import copy
 import itertools
 import json
 import math
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -38,99 +40,91 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # idle threads sleep soon: 5x o
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import KClassBatchSampler, long_tail
+from sampler import IN_MEMORY, KClassBatchSampler, long_tail, open_data
 
-# ---- 1. Hyper-parameters
+# ---- 1. Recipe
+SMALL = dict(
+    image_size=32, patch_size=4, dim=128, depth=4, heads=4,
+    layer_scale=0.1, drop_path=0.0, attention_dropout=0.0,
+    num_masked=39, min_block=4, top_k=3,
+    batch_size=128, epochs=100, warmup=5.0, lr=1e-3, ema=[0.99, 0.999], ema_anneal=50.0,
+)  # fmt: skip
 
-# Every entry is an option of its name. These are the official code's command for ViT-B/16.
-PAPER = dict(
-    image_size=224, patch_size=16, dim=768, depth=12, heads=12,
-    layer_scale=1e-4, drop_path=0.25, attention_dropout=0.05,  # of the last block; of all
-    num_masked=120, min_block=16,  # patches: at most, in all; at least, drawn for a block
-    top_k=6, beta=2.0,  # blocks averaged; where the loss turns linear
-    crop=[0.08, 1.0],  # fraction of the image's area
-    flip=0.5, jitter=[0.4, 0.4, 0.4, 0.0],  # brightness, contrast, saturation, hue
-    standardise=False,  # normalise by each view's own mean and deviation, not by ImageNet's
-    batch_size=2048, epochs=800, warmup=10.0,  # of all processes; warm-up in epochs
-    lr=2e-3, final_lr=1e-5,  # not scaled with the batch
-    weight_decay=0.05, clip=3.0,
-    ema=[0.999, 0.9998], ema_anneal=0.0,  # first to last within so many epochs: here at once last
-)  # fmt: skip
-SMALL = PAPER | dict(
-    image_size=32, patch_size=4, dim=128, depth=4, heads=4, layer_scale=0.1, drop_path=0.0,
-    attention_dropout=0.0, num_masked=39, min_block=4, top_k=3, batch_size=128, epochs=100,
-    warmup=5.0, lr=1e-3, ema=[0.99, 0.999], ema_anneal=50.0,
-)  # fmt: skip
+# Options have the values of the official code's command for ViT-B/16 as defaults; a recipe
+# replaces some.
 RECIPES = {
-    "paper": PAPER,
+    "paper": {},
     "cifar10": SMALL,
     "cifar100": SMALL,
     "plates": SMALL | dict(
-        patch_size=8, num_masked=9, min_block=2, flip=0.0, crop=[0.6, 1.0], jitter=[0.0] * 4,
-        standardise=True, batch_size=960, epochs=10, warmup=1.0, lr=3e-3, ema_anneal=5.0,
+        patch_size=8, num_masked=9, min_block=2,
+        crop=[0.6, 1.0], flip=0.0, jitter=[0.0, 0.0, 0.0, 0.0], standardise=True,
+        batch_size=960, epochs=10, warmup=1.0, lr=3e-3, ema_anneal=5.0,
     ),
 }  # fmt: skip
 
 
-def fail(message, everywhere=False):
-    """Bad input: one line on stderr (process 0 speaks for all, unless `everywhere`), status 2."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.error = fail
-    p.add_argument("--data", default="plates", help="plates, cifar10, cifar100 or a folder")
-    p.add_argument("--k-classes", type=int, help="distinct classes in a batch (default: any)")
-    p.add_argument("--long-tail", type=float, default=0.0, help="keep k**-this of class k")
-    p.add_argument("--recipe", choices=RECIPES, help="default: the data's own; folders: paper")
-    p.add_argument("--steps", type=int, help="stop after so many steps in all (default: epochs)")
-    p.add_argument("--out", default="runs/data2vec", help="folder of checkpoint, log, picture")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
-    p.add_argument("--log-every", type=int, default=50, help="steps")
-    p.add_argument("--save-every", type=int, default=500, help="steps")
-    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
-    for name, value in PAPER.items():
-        kind = dict(type=type(value))
-        if isinstance(value, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(value, list):
-            kind = dict(type=float, nargs=len(value))
-        p.add_argument(f"--{name.replace('_', '-')}", help=f"paper: {value}", **kind)
-    args = p.parse_args(argv)
-    args.recipe = args.recipe or (args.data if args.data in RECIPES else "paper")
-    recipe = dict(RECIPES[args.recipe])
-    if (args.k_classes or 0) > recipe["batch_size"]:  # a batch that the user gave stays as it is
-        recipe["batch_size"] = -(-args.k_classes // 128) * 128
-        if args.batch_size is None and os.environ.get("RANK", "0") == "0":
-            print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
-    vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
-    shares = "flip ema crop drop_path attention_dropout".split()
-    may_be_0 = "seed workers long_tail jitter warmup final_lr weight_decay ema_anneal".split()
-    may_be_0 += shares
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
-            if number and not (0 < x <= limit or x == 0 and name in may_be_0):
-                fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
-    for name in ("drop_path", "attention_dropout"):
-        if getattr(args, name) == 1:
-            fail(f"--{name.replace('_', '-')} 1: nothing would be left: give less")
+    p = option_parser(__doc__, out="runs/data2vec", recipes=RECIPES)
+
+    g = p.add_argument_group("method")
+    g.add_argument("--num-masked", type=positive_int, default=120, help="patches, at most")
+    g.add_argument("--min-block", type=positive_int, default=16, help="patches, drawn at least")
+    g.add_argument("--top-k", type=positive_int, default=6, help="last blocks that are averaged")
+    g.add_argument(
+        "--beta", type=positive, default=2.0, help="distance at which the loss is linear"
+    )
+    g.add_argument("--ema", type=fraction, nargs=2, default=[0.999, 0.9998], help="target, from to")
+    g.add_argument("--ema-anneal", type=nonnegative, default=0.0, help="epochs from first to last")
+
+    g = p.add_argument_group("views")
+    g.add_argument("--image-size", type=positive_int, default=224, help="pixels")
+    g.add_argument("--crop", type=fraction, nargs=2, default=[0.08, 1.0], help="area, from to")
+    g.add_argument("--flip", type=fraction, default=0.5, help="probability")
+    g.add_argument("--jitter", type=nonnegative, nargs=4, default=[0.4, 0.4, 0.4, 0.0],
+                   help="strength: brightness, contrast, saturation, hue")  # fmt: skip
+    g.add_argument("--standardise", action=argparse.BooleanOptionalAction, default=False,
+                   help="normalise by each view's own mean and deviation")  # fmt: skip
+
+    g = p.add_argument_group("model")
+    g.add_argument("--patch-size", type=positive_int, default=16, help="pixels")
+    g.add_argument("--dim", type=positive_int, default=768, help="width")
+    g.add_argument("--depth", type=positive_int, default=12, help="blocks")
+    g.add_argument("--heads", type=positive_int, default=12, help="of attention")
+    g.add_argument("--layer-scale", type=positive, default=1e-4, help="of branches, at first")
+    g.add_argument("--drop-path", type=fraction, default=0.25,
+                   help="probability that the last block's branches are skipped")  # fmt: skip
+    g.add_argument("--attention-dropout", type=fraction, default=0.05, help="probability")
+
+    g = p.add_argument_group("optimiser: AdamW")
+    g.add_argument("--batch-size", type=positive_int, default=2048, help="images, all processes")
+    g.add_argument("--epochs", type=positive_int, default=800, help="until the rate is --final-lr")
+    g.add_argument("--warmup", type=nonnegative, default=10.0, help="epochs")
+    g.add_argument("--lr", type=positive, default=2e-3, help="peak rate, whatever the batch")
+    g.add_argument("--final-lr", type=nonnegative, default=1e-5, help="rate at the end")
+    g.add_argument("--weight-decay", type=nonnegative, default=0.05, help="of weights")
+    g.add_argument("--clip", type=positive, default=3.0, help="norm of the gradient")
+
+    args = parse_with_recipe(p, argv, RECIPES)
+    check_sizes_of_data2vec(args)
+    return args
+
+
+def check_sizes_of_data2vec(args):
+    """Patches must tile the image, heads must share the width, masks must leave something."""
+    if args.drop_path == 1:
+        fail("--drop-path 1: nothing would be left: give less")
+    if args.attention_dropout == 1:
+        fail("--attention-dropout 1: nothing would be left: give less")
     if args.image_size % args.patch_size:
         size = f"--image-size {args.image_size}"
         fail(f"--patch-size {args.patch_size} does not divide {size}: choose a divisor")
@@ -142,282 +136,9 @@ def parse_args(argv=None):
     if not args.min_block <= args.num_masked < patches:
         limits = f"from --min-block {args.min_block} to {patches - 1}, of {patches} patches"
         fail(f"--num-masked {args.num_masked}: give a number {limits}")
-    return args
 
 
-# ---- 2. Data and views
-def draw_plates(per_class, seed):
-    """Grey pictures of the numbers 000..999 over 0 to 3 discs -> images (N, 1, 32, 32) uint8, N =
-    1000 * per_class, and labels: number (N,), digits (N, 3), count of discs (N,), size bin (N,)."""
-    font, glyphs = ImageFont.load_default(size=35), []
-    for number in range(1000):
-        canvas = Image.new("L", (64, 64))
-        ImageDraw.Draw(canvas).text((32, 32), f"{number:03}", fill=255, font=font, anchor="mm")
-        glyphs.append(TF.pil_to_tensor(canvas) / 255)
-    glyphs, numbers = torch.stack(glyphs), torch.arange(1000).repeat_interleave(per_class)
-    N, rng = len(numbers), torch.Generator().manual_seed(seed)
-
-    def draw(low, high, *shape):
-        return low + (high - low) * torch.rand(N, *shape, generator=rng)
-
-    height, angle = draw(32, 38), draw(-8, 8).deg2rad()  # on a canvas of 64 pixels, halved below
-    shift = torch.stack([draw(-2, 2), draw(-3, 3)], dim=1) / 32
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(N, 2, 2)
-    turn = turn * (35 / height).view(N, 1, 1)
-    affine = torch.cat([turn, -turn @ shift[:, :, None]], dim=2)  # (N, 2, 3) picture -> glyph
-    count, centre = torch.randint(4, (N,), generator=rng), draw(0, 32, 2, 3, 1, 1)
-    radius, shade = draw(2.5, 6, 3, 1, 1), draw(0.12, 0.35, 3, 1, 1)
-    shade = shade * (torch.arange(3) < count[:, None]).view(N, 3, 1, 1)
-    light, dark, swap = draw(0.65, 1, 1, 1, 1), draw(0, 0.35, 1, 1, 1), draw(0, 1, 1, 1, 1) < 0.5
-    ink, ground = torch.where(swap, dark, light), torch.where(swap, light, dark)
-    pixel, images = torch.arange(32) + 0.5, []
-    for part in torch.arange(N).split(1000):  # bounds memory
-        distance = torch.hypot(pixel - centre[part, 0], pixel[:, None] - centre[part, 1])
-        discs = ((radius[part] - distance + 0.5).clamp(0, 1) * shade[part]).amax(1, keepdim=True)
-        grid = F.affine_grid(affine[part], discs.shape, align_corners=False)
-        number = F.grid_sample(glyphs[numbers[part]], grid, align_corners=False)
-        mixed = ground[part].lerp(ink[part], torch.maximum(number, discs))  # (1000, 1, 32, 32)
-        images.append((255 * mixed).round().byte())
-    digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], dim=1)
-    labels = dict(number=numbers, digits=digits, count=count, size=(height - 32).long() // 2)
-    return torch.cat(images), labels
-
-
-def open_data(data, split):
-    """-> images: uint8 (N, C, H, W), or N paths; labels: dict of N each, the class first."""
-    train, root = split == "train", Path(data)
-    if data == "plates":
-        return draw_plates(50 if train else 10, seed=0 if train else 1)
-    try:
-        if data in ("cifar10", "cifar100"):
-            source = (CIFAR10 if data == "cifar10" else CIFAR100)("data", train, download=True)
-            images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-            return images, {"class": torch.tensor(source.targets)}
-        if (root / f"{split}2018.json").is_file():  # iNaturalist 2018
-            listing = json.loads((root / f"{split}2018.json").read_text())
-            label = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
-            samples = [(root / item["file_name"], label[item["id"]]) for item in listing["images"]]
-        else:
-            samples = ImageFolder(root / split).samples
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        need = "a download or ./data" if "cifar" in data else f"{root / split}/CLASS/IMAGE"
-        fail(f"--data {data}: needs {need} ({type(error).__name__}: {str(error).splitlines()[0]})")
-    paths, labels = zip(*samples)
-    return list(map(str, paths)), {"class": torch.tensor(labels)}
-
-
-def crop_batch(images, u, area, size, flip):
-    """RandomResizedCrop and flip of B square images at once, by bilinear sampling.
-
-    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box of
-    `area` (fraction of the image) and aspect 3/4 to 4/3 that fits -> (B, 3, size, size) uint8."""
-    share, aspect = area[0] + (area[1] - area[0]) * u[..., 0], (4 / 3) ** (2 * u[..., 1] - 1)
-    w, h = (share * aspect).sqrt(), (share / aspect).sqrt()  # (B, 10) fractions of the side
-    first = ((w <= 1) & (h <= 1)).int().argmax(dim=1, keepdim=True)
-    w, h = w.gather(1, first)[:, 0].clamp(max=1), h.gather(1, first)[:, 0].clamp(max=1)
-    x, y = (2 * u[:, 0, 2] - 1) * (1 - w), (2 * u[:, 0, 3] - 1) * (1 - h)  # centres in [-1, 1]
-    w, zero = torch.where(u[:, 1, 2] < flip, -w, w), torch.zeros_like(x)
-    affine = torch.stack([w, zero, x, zero, h, y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
-    crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return crops.round().byte()
-
-
-class CroppedViews(Dataset):
-    """Item (step, indices): this process's share of a global batch, cropped and flipped. For each
-    (views, size, area) of `groups` uint8 (V, B, 3, size, size); or a message if a file fails."""
-
-    def __init__(self, images, groups, flip, seed, rank, processes):
-        self.images, self.groups, self.flip = images, groups, flip
-        self.seed, self.rank, self.processes = seed, rank, processes
-
-    def __getitem__(self, item):
-        step, indices = item
-        B, views = len(indices), []
-        first = self.rank * B  # numbers are drawn for the global batch, then cut
-        if torch.is_tensor(self.images):
-            images = self.images[indices].expand(-1, 3, -1, -1)
-            torch.manual_seed(hash((self.seed, step, 0)))
-            for V, size, area in self.groups:
-                u = torch.rand(V, B * self.processes, 10, 4)[:, first : first + B]
-                views.append(torch.stack([crop_batch(images, v, area, size, self.flip) for v in u]))
-            return views
-        for position, path in enumerate((self.images[i] for i in indices), first):
-            try:
-                image = read_image(path)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                return f"{path}: unreadable image ({error}): mend or remove it"
-            torch.manual_seed(hash((self.seed, step, 0, position)))
-            for V, size, area in self.groups:
-                crop, flip = v2.RandomResizedCrop(size, area), v2.RandomHorizontalFlip(self.flip)
-                views.append(torch.stack([flip(crop(image)) for _ in range(V)]))
-        return [torch.stack(views[g :: len(self.groups)], dim=1) for g in range(len(self.groups))]
-
-
-def block_mask(grid_size, num_masked, min_block=16, rng=random):
-    """Rectangles at random places until num_masked patches are masked -> (grid, grid) bool, True:
-    masked. At most num_masked, often fewer: ten rectangles in a row that do not fit end the search.
-    The draws and their order are the official code's (BEiT), so one seed gives one mask."""
-    masked, g = set(), grid_size
-    while len(masked) < num_masked:
-        cap = num_masked - len(masked)
-        for _ in range(10):
-            area = rng.uniform(min_block, cap)
-            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
-            h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
-            if h >= g or w >= g:
-                continue
-            top, left = rng.randint(0, g - h), rng.randint(0, g - w)
-            block = {g * r + c for r in range(top, top + h) for c in range(left, left + w)}
-            if 0 < len(block - masked) <= cap:
-                masked |= block
-                break
-        else:
-            break
-    return torch.tensor([patch in masked for patch in range(g * g)]).view(g, g)
-
-
-class MaskedViews(Dataset):
-    """Item (step, indices) of CroppedViews, and a mask for each image: bool (B, N)."""
-
-    def __init__(self, views, grid_size, num_masked, min_block):
-        self.views, self.options = views, (grid_size, num_masked, min_block)
-
-    def __getitem__(self, item):
-        (step, indices), views = item, self.views
-        crops, first = views[item], views.rank * len(indices)
-        if isinstance(crops, str):
-            return crops
-        seeds = [hash((views.seed, step, 2, first + i)) for i in range(len(indices))]
-        masks = [block_mask(*self.options, random.Random(seed)).flatten() for seed in seeds]
-        return [*crops, torch.stack(masks)]
-
-
-def read_image(path):
-    """A file of any mode and orientation -> (3, H, W) uint8."""
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        upright = upright.convert("RGBA") if "transparency" in image.info else upright
-        return TF.pil_to_tensor(upright.convert("RGB"))
-
-
-def adjust(image, kind, amount):
-    """torchvision's adjust_brightness, _contrast, _saturation, _hue (kind 0 to 3), each image of
-    (B, 3, H, W) in [0, 1] by its own amount (B,)."""
-    amount = amount.view(-1, 1, 1, 1)
-    if kind < 3:
-        grey = (image * image.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-        other = (torch.zeros_like(grey), grey.mean(dim=(2, 3), keepdim=True), grey)[kind]
-        return (other + amount * (image - other)).clamp(0, 1)
-    value, (r, g, b) = image.amax(1, keepdim=True), image.split(1, dim=1)
-    chroma = value - image.amin(1, keepdim=True)
-    other = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
-    sixth = torch.where(value == r, g - b, other)
-    k = sixth / chroma.clamp(min=1e-12) + 6 * amount + image.new_tensor([5, 3, 1]).view(3, 1, 1)
-    return value - chroma * torch.minimum(k % 6, 4 - k % 6).clamp(0, 1)  # HSV back to RGB
-
-
-def jitter_colours(views, u, jitter):
-    """Brightness, contrast, saturation, hue, each image in its own order: uint8 (B, 3, H, W) ->
-    float32 in [0, 1]; amounts and order from u (B, 8), uniform, on the CPU."""
-    image, order = views.float() / 255, u[:, 4:].argsort(dim=1)
-    for place, kind in itertools.product(range(4), range(4)):
-        if jitter[kind]:
-            i = (order[:, place] == kind).nonzero()[:, 0]
-            shift = jitter[kind] * (2 * u[i, kind] - 1)
-            amount = (1 + shift).clamp(min=0) if kind < 3 else shift
-            i = i.to(image.device)
-            image[i] = adjust(image[i], kind, amount.to(image.device))
-    return image
-
-
-def normalise(image, standardise):
-    """(B, 3, H, W) in [0, 1] -> the network's input, by each image's own numbers or ImageNet's."""
-    if standardise:
-        deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
-        return (image - mean) / (deviation + 1e-3)
-    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-# ---- 3. Encoder
-class RelativeBlock(nn.Module):
-    """Transformer block of BEiT with timm's parameter names: pre-norm, no bias of keys, branches
-    scaled by gamma. x (B, N, D); bias (heads, N, N) of the logits, query by key; paths: a factor
-    of each branch and image (2, B, 1, 1), or None -> (B, N, D)."""
-
-    def __init__(self, dim, heads, layer_scale):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
-        qkv, proj = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim)
-        self.attn = nn.ModuleDict(dict(qkv=qkv, proj=proj))
-        self.attn.q_bias = nn.Parameter(torch.zeros(dim))
-        self.attn.v_bias = nn.Parameter(torch.zeros(dim))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
-        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
-        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
-
-    def forward(self, x, bias, paths=None, dropout=0.0):
-        first, second = (1.0, 1.0) if paths is None else paths
-        q_bias, v_bias = self.attn.q_bias, self.attn.v_bias
-        biases = torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])
-        qkv = F.linear(self.norm1(x), self.attn["qkv"].weight, biases)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None], dropout)
-        x = x + first * self.gamma_1 * self.attn["proj"](mixed.transpose(1, 2).flatten(2))
-        return x + second * self.gamma_2 * self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class BeiT(nn.Module):
-    """ViT with one relative position bias for all blocks instead of absolute positions, with timm's
-    parameter names. images (B, 3, H, W) -> outputs of all blocks, (B, 1 + N, D) each, cls first.
-
-    mask (B, N) bool: patches to replace by token (1, 1, D); paths (depth, 2, B, 1, 1) and dropout
-    of the attention: random depth and noise, none by default."""
-
-    def __init__(
-        self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, layer_scale=1e-4
-    ):
-        super().__init__()
-        g = self.grid = image_size // patch_size
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        self.blocks = nn.ModuleList(RelativeBlock(dim, heads, layer_scale) for _ in range(depth))
-        self.norm, self.rel_pos_bias = nn.LayerNorm(dim, 1e-6), nn.Module()
-        table = nn.Parameter(torch.zeros((2 * g - 1) ** 2 + 3, heads))
-        self.rel_pos_bias.relative_position_bias_table = table
-        place = torch.stack([torch.arange(g).repeat_interleave(g), torch.arange(g).repeat(g)])
-        row, column = place[:, :, None] - place[:, None] + g - 1  # (N, N) each, query by key
-        index = F.pad(row * (2 * g - 1) + column, (1, 0, 1, 0))
-        index[0], index[:, 0], index[0, 0] = len(table) - 3, len(table) - 2, len(table) - 1  # cls
-        self.register_buffer("index", index, persistent=False)
-        self.apply(initialise_beit)
-        nn.init.trunc_normal_(self.cls_token, std=0.02, a=-0.02, b=0.02)
-        for number, block in enumerate(self.blocks, 1):  # the sum of branches grows by depth
-            for layer in (block.attn["proj"], block.mlp["fc2"]):
-                layer.weight.data *= (2 * number) ** -0.5
-
-    def forward(self, images, mask=None, token=None, paths=None, dropout=0.0):
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B, N, D)
-        if mask is not None:
-            x = torch.where(mask[:, :, None], token.to(x), x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        bias = self.rel_pos_bias.relative_position_bias_table[self.index].permute(2, 0, 1)
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            x = block(x, bias, None if paths is None else paths[i], dropout)
-            outputs.append(x)
-        return outputs
-
-
-def initialise_beit(module):
-    """The official initial weights: truncated normal 0.02, cut at one deviation; bias 0."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
-# ---- 4. Method
+# ---- 2. Loss
 def data2vec_targets(layer_outputs, top_k=6):
     """Mean of the last top_k blocks' outputs, normalised before and after: a list or stack of
     (B, 1 + N, D), cls first -> (B, N, D), in float32 (or 64). Outputs are those at a block's end,
@@ -433,20 +154,174 @@ def data2vec_loss(pred, target, beta=2.0):
     return F.smooth_l1_loss(pred.to(target), target, beta=beta)
 
 
+# ---- 3. Model
+def block_mask(grid_size, num_masked, min_block=16, rng=random):
+    """Rectangles at random places until num_masked patches are masked -> (grid, grid) bool, True:
+    masked. At most num_masked, often fewer: ten rectangles in a row that do not fit end the search.
+
+    The draws and their order are the official code's (BEiT), so one seed gives one mask."""
+    g = grid_size
+    masked = set()
+    while len(masked) < num_masked:
+        room = num_masked - len(masked)
+        for _ in range(10):
+            area = rng.uniform(min_block, room)
+            aspect = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
+            height = round(math.sqrt(area * aspect))
+            width = round(math.sqrt(area / aspect))
+            if height >= g or width >= g:
+                continue
+            top = rng.randint(0, g - height)
+            left = rng.randint(0, g - width)
+            rows = range(top, top + height)
+            columns = range(left, left + width)
+            block = {g * row + column for row in rows for column in columns}
+            if 0 < len(block - masked) <= room:
+                masked |= block
+                break
+        else:
+            break
+    return torch.tensor([patch in masked for patch in range(g * g)]).view(g, g)
+
+
+class MaskedViews(Dataset):
+    """CroppedViews, and at the end of each item a mask for each image: bool (B, N)."""
+
+    def __init__(self, views, args):
+        self.views = views
+        self.images = views.images
+        self.grid_size = args.image_size // args.patch_size
+        self.num_masked = args.num_masked
+        self.min_block = args.min_block
+
+    def __getitem__(self, item):
+        crops = self.views[item]
+        if isinstance(crops, str):  # what could not be read
+            return crops
+        step, indices = item
+        first = self.views.rank * len(indices)  # of the batch of all processes
+        masks = []
+        for position in range(first, first + len(indices)):
+            rng = random.Random(hash((self.views.seed, step, 2, position)))
+            mask = block_mask(self.grid_size, self.num_masked, self.min_block, rng)
+            masks.append(mask.flatten())
+        return [*crops, torch.stack(masks)]
+
+
+class RelativeBlock(nn.Module):
+    """Transformer block of BEiT with timm's parameter names: pre-norm, no bias of keys, branches
+    scaled by gamma. x (B, N, D); bias (heads, N, N) of the logits, query by key; paths: a factor
+    of each branch and image (2, B, 1, 1), or None -> (B, N, D)."""
+
+    def __init__(self, dim, heads, layer_scale):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.attn = nn.ModuleDict(dict(qkv=qkv, proj=nn.Linear(dim, dim)))
+        self.attn.q_bias = nn.Parameter(torch.zeros(dim))
+        self.attn.v_bias = nn.Parameter(torch.zeros(dim))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
+
+    def forward(self, x, bias, paths=None, dropout=0.0):
+        first, second = (1.0, 1.0) if paths is None else paths
+        mixed = self.attention(self.norm1(x), bias, dropout)
+        x = x + first * self.gamma_1 * self.attn["proj"](mixed)
+        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))  # (B, N, 4D)
+        return x + second * self.gamma_2 * self.mlp["fc2"](hidden)
+
+    def attention(self, x, bias, dropout):
+        q_bias = self.attn.q_bias
+        biases = torch.cat([q_bias, torch.zeros_like(q_bias), self.attn.v_bias])
+        qkv = F.linear(x, self.attn["qkv"].weight, biases).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        mixed = F.scaled_dot_product_attention(q, k, v, bias.to(q.dtype)[None], dropout)
+        return mixed.transpose(1, 2).flatten(2)  # (B, N, D)
+
+
+class BeiT(nn.Module):
+    """ViT with one relative position bias for all blocks instead of absolute positions, with timm's
+    parameter names. images (B, 3, H, W) -> outputs of all blocks, (B, 1 + N, D) each, cls first.
+
+    mask (B, N) bool: patches to replace by token (1, 1, D); paths (depth, 2, B, 1, 1) and dropout
+    of the attention: random depth and noise, none by default."""
+
+    def __init__(
+        self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, layer_scale=1e-4
+    ):
+        super().__init__()
+        self.grid = image_size // patch_size
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.blocks = nn.ModuleList(RelativeBlock(dim, heads, layer_scale) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        index = relative_position_index(self.grid)
+        self.register_buffer("index", index, persistent=False)
+        self.rel_pos_bias = nn.Module()
+        table = torch.zeros((2 * self.grid - 1) ** 2 + 3, heads)
+        self.rel_pos_bias.relative_position_bias_table = nn.Parameter(table)
+
+        self.apply(initialise)
+        nn.init.trunc_normal_(self.cls_token, std=0.02, a=-0.02, b=0.02)
+        for number, block in enumerate(self.blocks, 1):  # the sum of branches grows by depth
+            for layer in (block.attn["proj"], block.mlp["fc2"]):
+                layer.weight.data *= (2 * number) ** -0.5
+
+    def forward(self, images, mask=None, token=None, paths=None, dropout=0.0):
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B, N, D)
+        if mask is not None:
+            x = torch.where(mask[:, :, None], token.to(x), x)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+        bias = self.rel_pos_bias.relative_position_bias_table[self.index].permute(2, 0, 1)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = block(x, bias, None if paths is None else paths[i], dropout)
+            outputs.append(x)
+        return outputs
+
+
+def relative_position_index(grid):
+    """Which row of the table of biases is used by query i and key j: (1 + N, 1 + N), cls first.
+
+    Patches: (2g - 1)^2 rows by the difference of places; then one row each for cls as query, cls as
+    key, and both."""
+    g = grid
+    row = torch.arange(g).repeat_interleave(g)  # (N,) of each patch
+    column = torch.arange(g).repeat(g)
+    down = row[:, None] - row + g - 1  # (N, N), query by key, from 0
+    right = column[:, None] - column + g - 1
+    index = F.pad(down * (2 * g - 1) + right, (1, 0, 1, 0))
+    index[0] = (2 * g - 1) ** 2
+    index[:, 0] = (2 * g - 1) ** 2 + 1
+    index[0, 0] = (2 * g - 1) ** 2 + 2
+    return index
+
+
+def initialise(module):
+    """The official initial weights: truncated normal 0.02, cut at one deviation; bias 0."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
 class Data2Vec(nn.Module):
     """Encoder, mask token and linear head: images (B, 3, H, W), mask (B, N) with M masked patches
     -> predictions (M, D) of the targets there, image by image."""
 
-    def __init__(self, **sizes):
+    def __init__(self, encoder, dim):
         super().__init__()
-        self.encoder, dim = BeiT(**sizes), sizes.get("dim", 768)
+        self.encoder = encoder
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.lm_head = nn.Linear(dim, dim)
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
-        initialise_beit(self.lm_head)
+        initialise(self.lm_head)
 
     def forward(self, images, mask, paths=None, dropout=0.0):
-        x = self.encoder(images, mask, self.mask_token, paths, dropout)[-1]
+        x = self.encoder(images, mask, self.mask_token, paths, dropout)[-1]  # (B, 1 + N, D)
         return self.lm_head(self.encoder.norm(x)[:, 1:][mask])
 
 
@@ -457,32 +332,8 @@ def drop_paths(u, rate):
     return ((u >= rates) / (1 - rates))[..., None, None]
 
 
-def data2vec_step(model, target, optimizer, images, mask, lr, ema, clip, top_k=6, beta=2.0,
-                  paths=None, dropout=0.0, bf16=False):  # fmt: skip
-    """One step on images (B, 3, H, W), mask (B, N), in the official order: clip, step, move the
-    target -> gradient norm; loss; deviation of the targets over patches, 0 if all are one."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    with torch.no_grad():  # of the whole image, without noise, in float32, as official
-        y = data2vec_targets(target.encoder(images), top_k)[mask]  # (M, D)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        pred = model(images, mask, paths, dropout)
-    total = torch.tensor([float(len(y)), 1.0], device=images.device)  # patches, processes
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    share = len(y) * total[1] / total[0]  # so that DDP's mean is that of all patches
-    loss = data2vec_loss(pred, y, beta) * share
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - ema)
-    return torch.stack([norm, loss, y.std(dim=0).mean()]).detach()
-
-
-# ---- 5. Optimiser and schedule
-def beit_groups(model):
+# ---- 4. Optimiser and schedules
+def parameter_groups(model):
     """For AdamW: matrices, mask token and position biases, which decay; vectors and cls token."""
     cls = model.encoder.cls_token
     weights = [p for p in model.parameters() if p.ndim > 1 and p is not cls]
@@ -490,168 +341,729 @@ def beit_groups(model):
     return [dict(params=weights), dict(params=others, weight_decay=0.0)]
 
 
-def schedules_of(step, warmup, steps, lr, final_lr, ema, anneal):
-    """lr and EMA decay of update `step` (from 0): lr rises from 0 to its peak, which the last of
-    `warmup` steps and the next both have, then a cosine towards final_lr; the decay rises from
-    ema[0] to ema[1] within `anneal` steps."""
-    share = (step - warmup) / max(steps - warmup, 1)
-    rate = final_lr + (lr - final_lr) * (1 + math.cos(math.pi * share)) / 2
+def schedule(step, epoch_steps, args):
+    """Learning rate and EMA of update `step` (from 0).
+
+    The rate rises from 0 to its peak, which the last step of the warm-up and the next both have,
+    then follows a cosine towards --final-lr. The EMA goes straight from its first value to its
+    last within --ema-anneal epochs."""
+    warmup = int(args.warmup * epoch_steps)
+    steps = args.epochs * epoch_steps
     if step < warmup:
-        rate = lr * step / max(warmup - 1, 1)
-    return dict(lr=rate, ema=ema[0] + min(step / anneal if anneal else 1, 1) * (ema[1] - ema[0]))
+        lr = args.lr * step / max(warmup - 1, 1)
+    else:
+        progress = (step - warmup) / max(steps - warmup, 1)
+        lr = args.final_lr + (args.lr - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+    anneal = int(args.ema_anneal * epoch_steps)
+    annealed = min(step / anneal, 1) if anneal else 1
+    first, last = args.ema
+    return dict(lr=lr, ema=first + annealed * (last - first))
 
 
-# ---- 6. Distributed, checkpoints
-def init_distributed():
-    """Join torchrun's process group, or be one of size one -> this process's device."""
+# ---- 5. Training
+def data2vec_inputs(crops, args, device):
+    """Coloured and normalised images (B, 3, H, W), and the factors of stochastic depth, or None.
+
+    crops (1, B, 3, H, W) uint8. Random numbers are drawn for the batch of all processes, of which
+    each takes its own part: the result does not depend on the number of processes."""
+    B = crops.shape[1]
+    u = torch.rand(B * world_size(), 8)[own_part(B)]
+    images = jitter_colours(
+        crops[0].to(device).float() / 255,
+        strengths=args.jitter,
+        chosen=torch.ones(B, dtype=torch.bool),
+        amounts=u[:, :4],
+        order=u[:, 4:].argsort(dim=1),
+    )
+    paths = None
+    if args.drop_path:
+        u = torch.rand(args.depth, 2, B * world_size())[..., own_part(B)]
+        paths = drop_paths(u, args.drop_path).to(device)
+    return normalise(images, args.standardise), paths
+
+
+def data2vec_step(model, target, optimizer, images, mask, paths, rates, args):
+    """One update in the official order: clip, step, move the target.
+
+    images (B, 3, H, W); mask (B, N); paths: see drop_paths, None: all; rates: see schedule.
+    Returns metrics {name: scalar tensor of this process}."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates["lr"]
+
+    with torch.no_grad():  # of the whole image, without noise, in float32, as official
+        y = data2vec_targets(target.encoder(images), args.top_k)[mask]  # (M, D)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
+        pred = model(images, mask, paths, args.attention_dropout)
+    masked = torch.tensor(float(len(y)), device=images.device)  # patches, by this process
+    masked_by_all = masked.clone()
+    if dist.is_initialized():
+        dist.all_reduce(masked_by_all)
+    share = masked * world_size() / masked_by_all  # DDP's mean is then that of all patches
+    loss = data2vec_loss(pred, y, args.beta) * share
+
+    optimizer.zero_grad()
+    loss.backward()
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - rates["ema"])
+
+    target_std = y.std(dim=0).mean()  # over patches: 0 if all targets are the same
+    return dict(loss=loss, target_std=target_std, gradient_norm=gradient_norm)
+
+
+def train(args, device):
+    """Train data2vec. Run continues, logs, saves and stops; the method is data2vec_step."""
+    run = Run("data2vec", args, device)
+    images, classes = training_set(args)
+    sampler = batch_sampler(classes, args)
+
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    encoder = BeiT(
+        args.image_size, args.patch_size, args.dim, args.depth, args.heads, args.layer_scale
+    )
+    anchor = Data2Vec(encoder, args.dim).to(device)
+    target = copy.deepcopy(anchor).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(anchor),
+        lr=0.0,  # set at every update
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    run.restore(sampler, anchor=anchor, target=target, encoder=target.encoder, optimizer=optimizer)
+    model = DistributedDataParallel(anchor)
+
+    views = CroppedViews(images, [(1, args.image_size, args.crop)], args)
+    dataset = MaskedViews(views, args)
+    for step, (crops, mask) in run.steps(batch_loader(dataset, sampler, run, args)):
+        images, paths = data2vec_inputs(crops, args, device)
+        rates = schedule(step, len(sampler), args)
+        torch.manual_seed(hash((args.seed, step, 3, rank())))  # dropout is each process's own
+        metrics = data2vec_step(
+            model, target, optimizer, images, mask.to(device), paths, rates, args
+        )
+        if step == 0:
+            draw_views([images[None]], run.out, normalised=True)
+        run.log(metrics, rates)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with process_group() as device:
+        train(args, device)
+
+
+# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
+# ---- Options
+def fail(message, everywhere=False):
+    """Bad input: one line on stderr and exit status 2. Process 0 speaks for all, or `everywhere`
+    each for itself."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def option_number(kind, text, low, high, expected):
+    """The number in `text`, an option's value. argparse turns the error into one line."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text}: give {expected}")
+    return number
+
+
+def positive_int(text):
+    return option_number(int, text, low=1, high=2**63, expected="a whole number of at least 1")
+
+
+def count(text):
+    return option_number(int, text, low=0, high=2**63, expected="a whole number from 0 to 9.2e+18")
+
+
+def positive(text):
+    least = sys.float_info.min
+    return option_number(float, text, low=least, high=1e300, expected="a number above 0")
+
+
+def nonnegative(text):
+    return option_number(float, text, low=0, high=1e300, expected="a number of at least 0")
+
+
+def fraction(text):
+    return option_number(float, text, low=0, high=1, expected="a number from 0 to 1")
+
+
+def option_parser(doc, out, recipes):
+    """A parser with the options that all scripts share; `doc` is the script's docstring."""
+    p = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0],
+        epilog="Defaults are the paper's, for folders of images. --recipe replaces some of them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.error = lambda message: fail(re.sub(r"^argument (\S+): ", r"\1 ", message))
+    g = p.add_argument_group("run")
+    g.add_argument("--data", default="plates",
+                   help="plates, cifar10, cifar100 or a folder with train/CLASS/IMAGE")  # fmt: skip
+    g.add_argument("--recipe", choices=recipes, help="None: that of --data; folders: paper")
+    g.add_argument("--k-classes", type=positive_int,
+                   help="distinct classes in every batch; None: any; raises a recipe's batch "
+                        "size that cannot hold them")  # fmt: skip
+    g.add_argument("--long-tail", type=nonnegative, default=0.0,
+                   help="keep a share k^-LONG_TAIL of the images of class k")  # fmt: skip
+    g.add_argument("--steps", type=positive_int, help="updates in all; None: all of --epochs")
+    g.add_argument("--out", default=out, help="folder of checkpoint, log and pictures")
+    g.add_argument("--seed", type=count, default=0, help="of weights, batches and views")
+    g.add_argument("--workers", type=count,
+                   help="loader processes; None: a core each, 0 for data in memory")  # fmt: skip
+    g.add_argument("--log-every", type=positive_int, default=50, help="updates; fewer at first")
+    g.add_argument("--save-minutes", type=positive, default=5.0,
+                   help="between checkpoints; 1 for data in memory")  # fmt: skip
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                   default=torch.cuda.is_available(), help="autocast to bfloat16")  # fmt: skip
+    return p
+
+
+def parse_with_recipe(parser, argv, recipes):
+    """Parse twice: the recipe's values become the defaults of what the user leaves open."""
+    first, _ = parser.parse_known_args(argv)
+    name = first.recipe or (first.data if first.data in recipes else "paper")
+    parser.set_defaults(recipe=name, **recipes[name])
+    if first.data in IN_MEMORY:  # a run of minutes
+        parser.set_defaults(save_minutes=1.0)
+    batch_size = parser.get_default("batch_size")
+    if (first.k_classes or 0) > batch_size:
+        parser.set_defaults(batch_size=math.ceil(first.k_classes / 128) * 128)
+    return parser.parse_args(argv)
+
+
+def option_flag(name, value):
+    """An option as one types it."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None:
+        return f"no {flag}"
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-")
+    if isinstance(value, list):
+        return " ".join([flag, *map(str, value)])
+    return f"{flag} {value}"
+
+
+# ---- Data
+def training_set(args):
+    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), cut by --long-tail."""
+    try:
+        images, labels = open_data(args.data, "train")
+    except ValueError as error:
+        fail(f"--data {error}")
+    classes = next(iter(labels.values())).numpy()
+    if args.long_tail:
+        kept = long_tail(classes, args.long_tail, args.seed)
+        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
+        classes = classes[kept]
+    return images, classes
+
+
+def batch_sampler(classes, args):
+    """Batches of --k-classes classes, or of any."""
+    try:
+        return KClassBatchSampler(
+            classes,
+            args.batch_size,
+            args.k_classes,
+            rank=rank(),
+            world_size=world_size(),
+            seed=args.seed,
+        )
+    except ValueError as error:
+        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
+
+
+def batch_loader(dataset, sampler, run, args):
+    """The batches of the run's updates that are left, by loader processes if data are files."""
+
+    def items():
+        start = run.step
+        for epoch in range(start // len(sampler), math.ceil(run.last / len(sampler))):
+            sampler.set_epoch(epoch)
+            first = epoch * len(sampler)
+            batches = enumerate(sampler, first)  # (step, indices)
+            yield from itertools.islice(batches, max(start - first, 0), run.last - first)
+
+    workers = args.workers
+    if workers is None:
+        workers = 0 if torch.is_tensor(dataset.images) else os.cpu_count() // world_size()
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items(),
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def ignore_signals(worker):
+    """Loader processes go on while the run finishes its update; it ends them afterwards."""
+    for number in Run.STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class CroppedViews(Dataset):
+    """Crops of this process's share of a global batch, flipped at random.
+
+    Item (step, indices): for each (views, size, area) in `sizes` a uint8 (V, B, 3, size, size), in
+    a list; or a message if a file cannot be read. area: fraction of the image, from to. Random
+    numbers follow from seed, step and position in the batch of all processes."""
+
+    def __init__(self, images, sizes, args):
+        self.images = images
+        self.sizes = sizes
+        self.flip = args.flip
+        self.seed = args.seed
+        self.rank = rank()
+        self.world_size = world_size()
+
+    def __getitem__(self, item):
+        step, indices = item
+        first = self.rank * len(indices)  # of the batch of all processes
+        if torch.is_tensor(self.images):
+            return self.crop_tensors(step, indices, first)
+        try:
+            return self.crop_files(step, indices, first)
+        except UnreadableImage as error:
+            return str(error)
+
+    def crop_tensors(self, step, indices, first):
+        """All images at once."""
+        B = len(indices)
+        images = self.images[indices].expand(-1, 3, -1, -1)
+        torch.manual_seed(hash((self.seed, step, 0)))
+        views = []
+        for V, size, area in self.sizes:
+            u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
+            crops = [crop_batch(images, one, area, size, self.flip) for one in u]
+            views.append(torch.stack(crops))
+        return views
+
+    def crop_files(self, step, indices, first):
+        """One image after another: they differ in size."""
+        images = []
+        for position, index in enumerate(indices, first):
+            image = read_image(self.images[index])
+            torch.manual_seed(hash((self.seed, step, 0, position)))
+            images.append([self.crop_image(image, *size) for size in self.sizes])
+        return [torch.stack(views, dim=1) for views in zip(*images)]
+
+    def crop_image(self, image, V, size, area):
+        """V crops of an image (3, H, W) -> (V, 3, size, size)."""
+        crop = v2.RandomResizedCrop(size, area)
+        flip = v2.RandomHorizontalFlip(self.flip)
+        return torch.stack([flip(crop(image)) for _ in range(V)])
+
+
+def crop_batch(images, u, area, size, flip):
+    """RandomResizedCrop and flip of square images, all at once, by bilinear sampling.
+
+    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box that
+    fits, of `area` (fraction of the image) and aspect 3/4 to 4/3 -> (B, 3, size, size) uint8."""
+    share = area[0] + (area[1] - area[0]) * u[..., 0]  # (B, 10)
+    aspect = (4 / 3) ** (2 * u[..., 1] - 1)
+    widths = (share * aspect).sqrt()  # fractions of the image's side
+    heights = (share / aspect).sqrt()
+    fits = (widths <= 1) & (heights <= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)  # if none fits, the first, cut to the image
+    width = widths.gather(1, first)[:, 0].clamp(max=1)  # (B,)
+    height = heights.gather(1, first)[:, 0].clamp(max=1)
+    x = (2 * u[:, 0, 2] - 1) * (1 - width)  # the box's centre, in [-1, 1]
+    y = (2 * u[:, 0, 3] - 1) * (1 - height)
+    width = torch.where(u[:, 1, 2] < flip, -width, width)
+    zero = torch.zeros_like(x)
+    affine = torch.stack([width, zero, x, zero, height, y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
+    crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return crops.round().byte()
+
+
+class UnreadableImage(Exception):
+    """Its text names the file, the reason and the remedy."""
+
+
+def read_image(path):
+    """An image file of any mode and orientation -> (3, H, W) uint8. Raises UnreadableImage."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in image.info:
+                upright = upright.convert("RGBA")
+            return TF.pil_to_tensor(upright.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{path}: unreadable image ({error}): fix or remove it") from None
+
+
+# ---- Colours
+def jitter_colours(image, strengths, chosen, amounts, order):
+    """Brightness, contrast, saturation, hue of `chosen` (B,) images, each in its own order.
+
+    image (B, 3, H, W) in [0, 1], changed in place; strengths: of the four kinds; amounts (B, 4),
+    uniform; order (B, 4): the kind that comes first, second, ..."""
+    kinds = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
+    for place, (kind, adjust) in itertools.product(range(4), enumerate(kinds)):
+        if strengths[kind] == 0:
+            continue
+        now = (chosen & (order[:, place] == kind)).nonzero()[:, 0]
+        amount = strengths[kind] * (2 * amounts[now, kind] - 1)
+        if adjust is not adjust_hue:
+            amount = (1 + amount).clamp(min=0)  # a factor
+        now = now.to(image.device)
+        image[now] = adjust(image[now], amount.to(image.device).view(-1, 1, 1, 1))
+    return image
+
+
+def adjust_brightness(image, factor):
+    return blend(torch.zeros_like(image), image, factor)
+
+
+def adjust_contrast(image, factor):
+    return blend(greyscale(image).mean(dim=(2, 3), keepdim=True), image, factor)
+
+
+def adjust_saturation(image, factor):
+    return blend(greyscale(image), image, factor)
+
+
+def blend(start, end, factor):
+    """From start (factor 0) to end (factor 1) and beyond, cut to [0, 1]."""
+    return (start + factor * (end - start)).clamp(0, 1)
+
+
+def greyscale(image):
+    """(B, 3, H, W) -> (B, 1, H, W), with torchvision's weights."""
+    weights = image.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
+    return (image * weights).sum(dim=1, keepdim=True)
+
+
+def adjust_hue(image, shift):
+    """Turn the hue by `shift`, a fraction of the circle, through HSV and back."""
+    value = image.amax(dim=1, keepdim=True)
+    chroma = value - image.amin(dim=1, keepdim=True)
+    r, g, b = image.split(1, dim=1)
+    sixth = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
+    sixth = torch.where(value == r, g - b, sixth)  # hue x chroma, in sixths of the circle
+    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1)
+    k = (sixth / chroma.clamp(min=1e-12) + 6 * shift + channel) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def normalise(image, standardise):
+    """(B, 3, H, W) in [0, 1] -> the network's input, by each image's own numbers or ImageNet's."""
+    if standardise:
+        deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
+        return (image - mean) / (deviation + 1e-3)
+    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+# ---- Processes
+@contextlib.contextmanager
+def process_group():
+    """Join torchrun's processes, or be a group of one; leave it at the end, whatever happens.
+
+    Yields this process's device. One process is a world of size one: there is no other path."""
+    cuda = torch.cuda.is_available()
     device = torch.device("cpu")
-    if cuda := torch.cuda.is_available():
+    if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    return device
+    handlers = {number: signal.getsignal(number) for number in Run.STOPS}
+    try:
+        yield device
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        dist.destroy_process_group()
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_part(B):
+    """Where this process's B images are in the batch of all processes."""
+    return slice(rank() * B, (rank() + 1) * B)
+
+
+# ---- A run in its folder
+class Run:
+    """A run's folder: where the run continues, its log, its checkpoints, and when it stops.
+
+    run = Run("simclr", args, device)
+    run.restore(sampler, simclr=model, optimizer=optimizer)
+    for step, batch in run.steps(loader):
+        run.log(metrics, rates)
+    """
+
+    STOPS = (signal.SIGINT, signal.SIGTERM)
+    MAY_CHANGE = ("out", "steps", "workers", "log_every", "save_minutes")  # when it continues
+    FIRST_LINES = (1, 2, 5, 10, 20)  # steps that are logged besides every --log-every
+    COLLAPSED = dict(information=0.02, embedding_std=0.02, target_std=0.02)  # below this
+
+    def __init__(self, script, args, device):
+        self.script = script
+        self.args = args
+        self.device = device
+        self.out = Path(args.out)
+        self.checkpoint = self.out / "checkpoint.pt"
+        kept = {name: x for name, x in vars(args).items() if name not in self.MAY_CHANGE}
+        self.options = {"script": script} | kept
+        self.state = load_checkpoint(self.checkpoint, self.options)
+        self.step = self.state.get("step", 0)  # updates made
+        self.metrics = []  # of the updates since the last line of the log
+        self.means = {}  # of these, at the last line or checkpoint
+        self.received = 0  # the number of the signal that this process got
+        self.received_time = 0.0
+        self.stop_signal = 0  # of any process: all stop
+        self.saving = False
+        self.lines_collapsed = 0
+
+    def restore(self, sampler, **parts):
+        """Load the parts from the checkpoint, if there is one; print what the run will do.
+
+        Later checkpoints hold the same parts. The first is the network."""
+        self.parts = parts
+        self.epoch_steps = len(sampler)
+        self.horizon = self.args.epochs * self.epoch_steps
+        self.last = min(self.args.steps or self.horizon, self.horizon)
+        for name, part in parts.items():
+            if name in self.state:
+                part.load_state_dict(self.state[name])
+        self.state = {}
+        steps = torch.tensor([self.step, -self.step])
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            fail(f"--out {self.out}: not all processes see the same checkpoint: share the folder")
+        if rank() == 0:
+            self.open_folder()
+            print(self.plan(sampler), flush=True)
+
+    def open_folder(self):
+        """Make the folder and cut off what a killed run logged after its last checkpoint."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            options = {"script": self.script} | vars(self.args)
+            (self.out / "options.json").write_text(json.dumps(options, indent=1) + "\n")
+            log = self.out / "log.jsonl"
+            log.touch()
+            os.truncate(log, self.saved_log_size(log.read_bytes()))
+        except OSError as error:
+            fail(f"--out {self.out}: not writable ({error}): choose another folder")
+
+    def saved_log_size(self, log):
+        """Bytes of the lines, whole ones, of updates that the checkpoint has."""
+        size = 0
+        for line in log.splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > self.step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            size += len(line)
+        return size
+
+    def plan(self, sampler):
+        """One line: what will happen."""
+        args = self.args
+        network = next(iter(self.parts.values()))
+        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        images = f"{len(sampler.labels):,} images of {len(sampler.sizes):,} classes"
+        tail = f" (--long-tail {args.long_tail})" if args.long_tail else ""
+        classes = f"K = {args.k_classes} classes each" if args.k_classes else "any classes"
+        steps = f"{self.horizon:,} steps"
+        if self.last < self.horizon:
+            steps += f", of which --steps {self.last}"
+        start = f"continues after step {self.step:,}" if self.step else "new"
+        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
+        return (
+            f"{self.script}: {args.data}{tail}, {images}; batches of {args.batch_size:,}, "
+            f"{classes}; {args.epochs} epochs, {steps}; "
+            f"{parameters:,} parameters; {self.device}, {processes}; {self.out}, {start}"
+        )
+
+    def steps(self, loader):
+        """Yield (step, batch) of the updates that are left. Save on the way and at the end.
+
+        Ctrl-C and SIGTERM end it after the present update, with exit status 130 or 143."""
+        for number in self.STOPS:
+            signal.signal(number, self.stop_soon)
+        self.start_time = self.save_time = self.line_time = time.time()
+        self.line_step = self.step
+        hidden = None if rank() == 0 else True  # None: unless it is a terminal
+        self.bar = tqdm(total=self.last, initial=self.step, unit="step", disable=hidden)
+        for batch in loader:
+            if isinstance(batch, str):  # what a loader process could not read
+                self.fail(batch, everywhere=True)
+            torch.manual_seed(hash((self.args.seed, self.step, 1)))  # the same after a restart
+            yield self.step, batch
+            if self.saving:
+                self.save()
+            if self.stop_signal and self.step < self.last:
+                self.bar.close()
+                if rank() == 0:
+                    print(f"stopped after step {self.step} of {self.last}, saved in "
+                          f"{self.checkpoint}; the same command continues")  # fmt: skip
+                sys.exit(128 + self.stop_signal)
+        self.bar.close()
+        if rank() == 0:
+            minutes, seconds = divmod(round(time.time() - self.start_time), 60)
+            print(f"{self.step} of {self.horizon} steps, {minutes} min {seconds} s: "
+                  f"{self.checkpoint}\nnext: python linear_eval.py {self.checkpoint}")  # fmt: skip
+
+    def stop_soon(self, number, _):
+        """Stop after this update. A second signal stops at once, if it is not an echo of the first:
+        `timeout` sends SIGTERM to the process, then to its whole group."""
+        now = time.time()
+        if self.received == 0:
+            self.received = number
+            self.received_time = now
+        elif now - self.received_time > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def log(self, metrics, rates):
+        """Count an update, and write a line of the log if it is time.
+
+        metrics {name: tensor}: the line has their means over updates since the last line and over
+        processes; of a vector it has the deciles. rates {name: number}: the line has the last."""
+        self.step += 1
+        self.bar.update()
+        self.metrics.append({name: x.detach() for name, x in metrics.items()})
+        self.agree()
+        ends = self.step == self.last or self.stop_signal > 0
+        self.saving = self.saving or ends
+        early = self.step in self.FIRST_LINES and self.step < self.args.log_every
+        due = ends or early or self.step % self.args.log_every == 0
+        if not due and not self.saving:
+            return  # not even .item(), which would wait for the GPU
+        self.means = self.average_metrics()
+        if due:
+            self.write_line(rates)
+
+    def agree(self):
+        """A signal to one process stops all; the clock of process 0 says when to save."""
+        elapsed = time.time() - self.save_time
+        save = rank() == 0 and elapsed > 60 * self.args.save_minutes
+        wishes = torch.tensor([self.received, int(save)])
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.stop_signal = wishes[0].item()
+        self.saving = wishes[1].item() > 0
+
+    def average_metrics(self):
+        """{name: mean}; a value that is not finite ends the run before a checkpoint has it."""
+        means = {}
+        for name in self.metrics[0]:
+            values = torch.stack([row[name] for row in self.metrics]).double()  # (updates, ...)
+            dist.all_reduce(values)
+            values = values.cpu() / world_size()
+            finite = values.reshape(len(values), -1).isfinite().all(dim=1)
+            if not finite.all():
+                step = self.step - len(finite) + 1 + finite.int().argmin().item()
+                lr = "base_lr" if "base_lr" in self.options else "lr"
+                flag = option_flag(lr, self.options[lr])
+                self.fail(f"{name} is not finite at step {step}: lower {flag}")
+            means[name] = values.mean(dim=0)
+        return means
+
+    def write_line(self, rates):
+        """Append to log.jsonl; show the loss in the bar, or the line if there is no terminal."""
+        now = time.time()
+        updates = self.step - self.line_step
+        line = dict(step=self.step, epoch=(self.step - 1) // self.epoch_steps) | rates
+        for name, mean in self.means.items():
+            line[name] = mean.item() if mean.ndim == 0 else deciles(mean)
+        line["images_per_second"] = updates * self.args.batch_size / (now - self.line_time)
+        self.metrics = []
+        self.line_step = self.step
+        self.line_time = now
+        if rank() > 0:
+            return
+        with (self.out / "log.jsonl").open("a") as file:
+            print(json.dumps(line), file=file)
+        numbers = {name: f"{x:.4g}" for name, x in line.items() if not isinstance(x, list)}
+        self.bar.set_postfix(loss=numbers["loss"])
+        if self.bar.disable:
+            print(" ".join(f"{name} {x}" for name, x in numbers.items()), flush=True)
+        self.warn_of_collapse(line)
+
+    def warn_of_collapse(self, line):
+        """After the warm-up, once, when all images have looked the same for five lines."""
+        indicator = next((name for name in self.COLLAPSED if name in line), None)
+        if indicator is None or line["step"] < self.args.warmup * self.epoch_steps:
+            return
+        collapsed = line[indicator] < self.COLLAPSED[indicator]
+        self.lines_collapsed = self.lines_collapsed + 1 if collapsed else 0
+        if self.lines_collapsed == 5:
+            self.bar.write(
+                f"warning: collapse: {indicator} is {line[indicator]:.2g}, so all images look "
+                "the same to the network: lower the learning rate"
+            )
+
+    def save(self):
+        """Write the checkpoint under another name, then rename it: a kill leaves no half file."""
+        self.save_time = time.time()
+        if rank() == 0:
+            state = dict(options=self.options, step=self.step)
+            for name, part in self.parts.items():
+                state[name] = part.state_dict()
+            torch.save(state, self.out / "checkpoint.partial")
+            os.replace(self.out / "checkpoint.partial", self.checkpoint)
+
+    def fail(self, message, everywhere=False):
+        self.bar.close()  # the message gets a line of its own
+        fail(message, everywhere)
+
+
+def deciles(values):
+    """Eleven of the values (K,), at even ranks from the largest to the smallest, as numbers."""
+    ranks = torch.linspace(0, len(values) - 1, 11).long()
+    chosen = values.sort(descending=True).values[ranks]
+    return [float(f"{x:.3g}") for x in chosen]
 
 
 def load_checkpoint(path, options):
-    """The state at `path`, None if there is none; refuses what does not belong to this run."""
+    """The state at `path`, {} if there is none; refuses what does not belong to this run."""
     if not path.exists():
-        return None
+        return {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         there = {name: state["options"].get(name) for name in options}
     except Exception as error:  # torch raises many kinds for damaged files
         fail(f"{path} is damaged or foreign ({type(error).__name__}): move it or change --out")
-    for name, value in options.items():
-        if there[name] != value:
-            flag = f"--{name.replace('_', '-')} {value}"
-            fail(f"{flag}: {path} was made with {there[name]}: give that, or another --out")
+    if there["script"] != options["script"]:
+        fail(f"{path} is a checkpoint of {there['script']}.py: choose another --out")
+    wrong = [name for name in options if there[name] != options[name]]
+    if wrong:
+        given = ", ".join(option_flag(name, options[name]) for name in wrong)
+        made = ", ".join(option_flag(name, there[name]) for name in wrong)
+        fail(f"{given}: {path} was made with {made}: give that, or another --out")
     return state
 
 
-# ---- 7. Training
-def train(args):
-    def pick(names):
-        return {name: getattr(args, name) for name in names.split()}
+# ---- Pictures
+def draw_views(groups, out, normalised):
+    """views.png: the first eight images as the network gets them, a row for each view.
 
-    device, out = init_distributed(), Path(args.out)
-    R, W = dist.get_rank(), dist.get_world_size()  # this process's number, of how many
-    free = ("out", "steps", "workers", "log_every", "save_every")  # may change between starts
-    options = {"script": "data2vec"} | {k: v for k, v in vars(args).items() if k not in free}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").touch()
-    except OSError as error:
-        fail(f"--out {out}: not writable ({error}): choose another folder")
-    state = load_checkpoint(out / "checkpoint.pt", options) or dict(step=0, recent=[], logged=0)
-    start, recent, logged = state["step"], state["recent"], state["logged"]
-
-    images, labels = open_data(args.data, "train")
-    labels = next(iter(labels.values())).numpy()
-    if args.long_tail:
-        kept = long_tail(labels, args.long_tail, args.seed)
-        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
-        labels = labels[kept]
-        if R == 0:
-            print(f"--long-tail {args.long_tail}: {len(kept)} images are kept")
-    try:
-        share = dict(rank=R, world_size=W, seed=args.seed)
-        sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)
-    except ValueError as error:
-        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
-    epoch_steps = len(sampler)
-    steps = args.epochs * epoch_steps
-    stop = min(args.steps or steps, steps)
-
-    def stream():
-        for epoch in range(start // epoch_steps, -(-stop // epoch_steps)):
-            sampler.set_epoch(epoch)
-            batches = enumerate(sampler, epoch * epoch_steps)
-            yield from ((step, indices) for step, indices in batches if start <= step < stop)
-
-    groups, grid = [(1, args.image_size, args.crop)], args.image_size // args.patch_size
-    views = CroppedViews(images, groups, args.flip, args.seed, R, W)
-    views = MaskedViews(views, grid, args.num_masked, args.min_block)
-    workers = 0 if torch.is_tensor(images) else os.cpu_count() // W
-    workers = workers if args.workers is None else args.workers
-    pin = device.type == "cuda"
-    loader = DataLoader(views, None, sampler=stream(), num_workers=workers, pin_memory=pin)
-
-    torch.manual_seed(args.seed)  # the same initial weights on every process
-    anchor = Data2Vec(**pick("image_size patch_size dim depth heads layer_scale")).to(device)
-    target = copy.deepcopy(anchor).requires_grad_(False)
-    adamw = dict(weight_decay=args.weight_decay, fused=True)  # the rate is set at every step
-    optimizer = torch.optim.AdamW(beit_groups(anchor), 0.0, **adamw)
-    parts = dict(anchor=anchor, target=target, optimizer=optimizer)
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
-    model = DistributedDataParallel(anchor)
-
-    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=R > 0 or None)
-    if R == 0 and start < stop:
-        print(json.dumps(options), flush=True)
-        lines = log.read_bytes().splitlines(keepends=True)[:logged]
-        os.truncate(log, sum(map(len, lines)))  # drop what a killed run logged after its last save
-    terminated, clock, mark, now = [], time.time(), start, start
-    handler = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    for step, crops in zip(range(start, stop), loader):
-        if isinstance(crops, str):
-            bar.close()
-            fail(crops, everywhere=True)
-        images, mask = crops[0][0].to(device), crops[1].to(device)  # (B, 3, H, W), (B, N)
-        B = len(images)
-        torch.manual_seed(hash((args.seed, step, 1)))
-        u = torch.rand(B * W, 8)[R * B :][:B]  # of the global batch, then cut
-        paths = torch.rand(args.depth, 2, B * W)[..., R * B :][..., :B]
-        paths = drop_paths(paths, args.drop_path).to(device) if args.drop_path else None
-        images = normalise(jitter_colours(images, u, args.jitter), args.standardise)
-        torch.manual_seed(hash((args.seed, step, 3, R)))  # dropout is each process's own
-        warmup, anneal = (int(epochs * epoch_steps) for epochs in (args.warmup, args.ema_anneal))
-        rates = schedules_of(step, warmup, steps, args.lr, args.final_lr, args.ema, anneal)
-        chosen = pick("clip top_k beta bf16") | dict(paths=paths, dropout=args.attention_dropout)
-        terms = data2vec_step(model, target, optimizer, images, mask, **rates, **chosen)
-        recent.append(terms)
-        now, _ = step + 1, bar.update()
-        flag = torch.tensor(float(bool(terminated)))
-        dist.all_reduce(flag)
-        last = now == stop or flag > 0
-        if step == 0 and R == 0:
-            save_image(images[:8], out / "views.png", nrow=8, normalize=True, scale_each=True)
-        if not last and now % args.log_every and now % args.save_every:
-            continue
-        recent = torch.stack([x.to(device) for x in recent]) / W
-        dist.all_reduce(recent)  # terms are means over a process's images: now over all
-        recent = list(recent.cpu())
-        for number, values in enumerate(recent, now - len(recent) + 1):
-            if not values.isfinite().all():
-                bar.close()
-                fail(f"the loss is not finite at step {number}: lower --lr {args.lr}")
-        logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
-        if R == 0 and logs:
-            norm, loss, deviation = torch.stack(recent).mean(dim=0).tolist()
-            line = dict(step=now, epoch=step // epoch_steps, **rates, loss=loss)
-            line |= dict(target_std=deviation, gradient_norm=norm)
-            line |= dict(images_per_second=(now - mark) * args.batch_size / (time.time() - clock))
-            with log.open("a") as file:
-                print(json.dumps(line), file=file)
-            bar.set_postfix({name: f"{line[name]:.3g}" for name in list(line)[4:]})
-        if now % args.log_every == 0:
-            recent, logged, clock, mark = [], logged + 1, time.time(), now
-        if R == 0 and saves:
-            saved = dict(options=options, step=now, recent=recent, logged=logged)
-            saved |= {name: part.state_dict() for name, part in parts.items()}
-            saved["encoder"] = target.encoder.state_dict()
-            torch.save(saved, out / "checkpoint.partial")  # renamed: a kill leaves no half file
-            os.replace(out / "checkpoint.partial", out / "checkpoint.pt")
-        if last:
-            break
-    bar.close()
-    signal.signal(signal.SIGTERM, handler)
-    dist.destroy_process_group()
-
-
-def main(argv=None):
-    train(parse_args(argv))
+    groups: a (V, B, 3, H, W) for each size of view; smaller ones are enlarged."""
+    size = groups[0].shape[-2:]
+    rows = [F.interpolate(view[:8], size) for group in groups for view in group]
+    if rank() == 0:
+        options = dict(normalize=normalised, scale_each=normalised)
+        save_image(torch.cat(rows), out / "views.png", nrow=8, **options)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,17 @@ No term compares images with each other, so there is no prior over clusters: in 
     python mae.py                                                    plates, minutes on a laptop
     torchrun --nproc_per_node=8 mae.py --data IMAGENET --k-classes 960    (or 8: imbalanced batches)
 
-Read MAE in section 4, then train; sampler.py says what --k-classes does.
-In shapes: B images a process, N patches, D width, p pixels a patch's side.
+Read on as far as the line "Plumbing": that is the whole method. sampler.py has the data and
+--k-classes. In shapes: B images in a process, N patches, D width, p pixels a patch's side.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -32,292 +35,92 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # idle threads sleep soon: 5x o
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import KClassBatchSampler, long_tail
+from sampler import IN_MEMORY, KClassBatchSampler, long_tail, open_data
 
-# ---- 1. Hyper-parameters
+# ---- 1. Recipe
+SMALL = dict(
+    image_size=32, patch_size=4, dim=128, depth=4, heads=4,
+    decoder_dim=64, decoder_depth=1, decoder_heads=2,
+    batch_size=256, epochs=100, warmup=5.0, base_lr=2e-3,
+)  # fmt: skip
 
-# Every entry is an option of its name. These are the paper's and the official code's: ViT-B/16.
-PAPER = dict(
-    image_size=224, patch_size=16, dim=768, depth=12, heads=12,
-    decoder_dim=512, decoder_depth=8, decoder_heads=16,
-    mask_ratio=0.75, norm_pix_loss=True,  # predict each patch less its mean, by its deviation
-    crop=[0.2, 1.0],  # fraction of the image's area
-    flip=0.5,  # probability
-    standardise=False,  # normalise by each view's own mean and deviation, not by ImageNet's
-    batch_size=4096, epochs=800, warmup=40.0,  # of all processes; warm-up in epochs
-    base_lr=1.5e-4, final_lr=0.0,  # for a batch of 256; fraction of the peak
-    weight_decay=0.05,
-)  # fmt: skip
-SMALL = PAPER | dict(
-    image_size=32, patch_size=4, dim=128, depth=4, heads=4, decoder_dim=64, decoder_depth=1,
-    decoder_heads=2, batch_size=256, epochs=100, warmup=5.0, base_lr=2e-3,
-)  # fmt: skip
+# Options have the paper's and the official code's values as defaults (ViT-B/16); a recipe
+# replaces some.
 RECIPES = {
-    "paper": PAPER,
+    "paper": {},
     "cifar10": SMALL,
     "cifar100": SMALL,
     "plates": SMALL | dict(
-        patch_size=16, decoder_dim=128, mask_ratio=0.5, crop=[0.8, 1.0], flip=0.0,
-        standardise=True, batch_size=960, base_lr=8e-4, epochs=10, warmup=1.0,
+        patch_size=16, decoder_dim=128,
+        mask_ratio=0.5,
+        crop=[0.8, 1.0], flip=0.0, standardise=True,
+        batch_size=960, epochs=10, warmup=1.0, base_lr=8e-4,
     ),
 }  # fmt: skip
 
 
-def fail(message, everywhere=False):
-    """Bad input: one line on stderr (process 0 speaks for all, unless `everywhere`), status 2."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.error = fail
-    p.add_argument("--data", default="plates", help="plates, cifar10, cifar100 or a folder")
-    p.add_argument("--k-classes", type=int, help="distinct classes in a batch (default: any)")
-    p.add_argument("--long-tail", type=float, default=0.0, help="keep k**-this of class k")
-    p.add_argument("--recipe", choices=RECIPES, help="default: the data's own; folders: paper")
-    p.add_argument("--steps", type=int, help="stop after so many steps in all (default: epochs)")
-    p.add_argument("--out", default="runs/mae", help="folder of checkpoint, log, pictures")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
-    p.add_argument("--log-every", type=int, default=50, help="steps")
-    p.add_argument("--save-every", type=int, default=500, help="steps")
-    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
-    for name, value in PAPER.items():
-        kind = dict(type=type(value))
-        if isinstance(value, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(value, list):
-            kind = dict(type=float, nargs=len(value))
-        p.add_argument(f"--{name.replace('_', '-')}", help=f"paper: {value}", **kind)
-    args = p.parse_args(argv)
-    args.recipe = args.recipe or (args.data if args.data in RECIPES else "paper")
-    recipe = dict(RECIPES[args.recipe])
-    if (args.k_classes or 0) > recipe["batch_size"]:  # a batch that the user gave stays as it is
-        recipe["batch_size"] = -(-args.k_classes // 128) * 128
-        if args.batch_size is None and os.environ.get("RANK", "0") == "0":
-            print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
-    vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
-    shares = "flip mask_ratio crop".split()
-    may_be_0 = "seed workers long_tail warmup final_lr weight_decay".split() + shares
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
-            if number and not (0 < x <= limit or x == 0 and name in may_be_0):
-                fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
-    if args.image_size % args.patch_size:
-        size = f"--image-size {args.image_size}"
-        fail(f"--patch-size {args.patch_size} does not divide {size}: choose a divisor")
-    for part in ("", "decoder_"):
-        dim, heads = getattr(args, f"{part}dim"), getattr(args, f"{part}heads")
-        flag = f"--{part}".replace("_", "-")
-        if dim % heads or dim % 4:
-            fail(f"{flag}dim {dim}: {flag}heads {heads} and 4 (of positions) must divide it")
-    patches = (args.image_size // args.patch_size) ** 2
-    if not 0 < int(patches * (1 - args.mask_ratio)) < patches:
-        fail(f"--mask-ratio {args.mask_ratio} of {patches} patches keeps none or all: change it")
+    p = option_parser(__doc__, out="runs/mae", recipes=RECIPES)
+
+    g = p.add_argument_group("method")
+    g.add_argument("--mask-ratio", type=fraction, default=0.75, help="of patches, removed")
+    g.add_argument("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True,
+                   help="predict each patch less its mean, by its deviation")  # fmt: skip
+
+    g = p.add_argument_group("views")
+    g.add_argument("--image-size", type=positive_int, default=224, help="pixels")
+    g.add_argument("--crop", type=fraction, nargs=2, default=[0.2, 1.0], help="area, from to")
+    g.add_argument("--flip", type=fraction, default=0.5, help="probability")
+    g.add_argument("--standardise", action=argparse.BooleanOptionalAction, default=False,
+                   help="normalise by each view's own mean and deviation")  # fmt: skip
+
+    g = p.add_argument_group("model")
+    g.add_argument("--patch-size", type=positive_int, default=16, help="pixels")
+    g.add_argument("--dim", type=positive_int, default=768, help="width")
+    g.add_argument("--depth", type=positive_int, default=12, help="blocks")
+    g.add_argument("--heads", type=positive_int, default=12, help="of attention")
+    g.add_argument("--decoder-dim", type=positive_int, default=512, help="width")
+    g.add_argument("--decoder-depth", type=positive_int, default=8, help="blocks")
+    g.add_argument("--decoder-heads", type=positive_int, default=16, help="of attention")
+
+    g = p.add_argument_group("optimiser: AdamW")
+    g.add_argument("--batch-size", type=positive_int, default=4096, help="images, all processes")
+    g.add_argument("--epochs", type=positive_int, default=800, help="until the rate is --final-lr")
+    g.add_argument("--warmup", type=nonnegative, default=40.0, help="epochs")
+    g.add_argument("--base-lr", type=positive, default=1.5e-4, help="peak rate for a batch of 256")
+    g.add_argument("--final-lr", type=nonnegative, default=0.0, help="fraction of the peak rate")
+    g.add_argument("--weight-decay", type=nonnegative, default=0.05, help="of weights")
+
+    args = parse_with_recipe(p, argv, RECIPES)
+    check_sizes_of_mae(args)
     return args
 
 
-# ---- 2. Data and views
-def draw_plates(per_class, seed):
-    """Grey pictures of the numbers 000..999 over 0 to 3 discs -> images (N, 1, 32, 32) uint8, N =
-    1000 * per_class, and labels: number (N,), digits (N, 3), count of discs (N,), size bin (N,)."""
-    font, glyphs = ImageFont.load_default(size=35), []
-    for number in range(1000):
-        canvas = Image.new("L", (64, 64))
-        ImageDraw.Draw(canvas).text((32, 32), f"{number:03}", fill=255, font=font, anchor="mm")
-        glyphs.append(TF.pil_to_tensor(canvas) / 255)
-    glyphs, numbers = torch.stack(glyphs), torch.arange(1000).repeat_interleave(per_class)
-    N, rng = len(numbers), torch.Generator().manual_seed(seed)
-
-    def draw(low, high, *shape):
-        return low + (high - low) * torch.rand(N, *shape, generator=rng)
-
-    height, angle = draw(32, 38), draw(-8, 8).deg2rad()  # on a canvas of 64 pixels, halved below
-    shift = torch.stack([draw(-2, 2), draw(-3, 3)], dim=1) / 32
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(N, 2, 2)
-    turn = turn * (35 / height).view(N, 1, 1)
-    affine = torch.cat([turn, -turn @ shift[:, :, None]], dim=2)  # (N, 2, 3) picture -> glyph
-    count, centre = torch.randint(4, (N,), generator=rng), draw(0, 32, 2, 3, 1, 1)
-    radius, shade = draw(2.5, 6, 3, 1, 1), draw(0.12, 0.35, 3, 1, 1)
-    shade = shade * (torch.arange(3) < count[:, None]).view(N, 3, 1, 1)
-    light, dark, swap = draw(0.65, 1, 1, 1, 1), draw(0, 0.35, 1, 1, 1), draw(0, 1, 1, 1, 1) < 0.5
-    ink, ground = torch.where(swap, dark, light), torch.where(swap, light, dark)
-    pixel, images = torch.arange(32) + 0.5, []
-    for part in torch.arange(N).split(1000):  # bounds memory
-        distance = torch.hypot(pixel - centre[part, 0], pixel[:, None] - centre[part, 1])
-        discs = ((radius[part] - distance + 0.5).clamp(0, 1) * shade[part]).amax(1, keepdim=True)
-        grid = F.affine_grid(affine[part], discs.shape, align_corners=False)
-        number = F.grid_sample(glyphs[numbers[part]], grid, align_corners=False)
-        mixed = ground[part].lerp(ink[part], torch.maximum(number, discs))  # (1000, 1, 32, 32)
-        images.append((255 * mixed).round().byte())
-    digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], dim=1)
-    labels = dict(number=numbers, digits=digits, count=count, size=(height - 32).long() // 2)
-    return torch.cat(images), labels
+def check_sizes_of_mae(args):
+    """Patches must tile the image, heads must share the width, the mask must leave some."""
+    if args.image_size % args.patch_size:
+        size = f"--image-size {args.image_size}"
+        fail(f"--patch-size {args.patch_size} does not divide {size}: choose a divisor")
+    if args.dim % args.heads or args.dim % 4:
+        fail(f"--dim {args.dim}: --heads {args.heads} and 4 (of positions) must divide it")
+    if args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
+        heads = f"--decoder-heads {args.decoder_heads}"
+        fail(f"--decoder-dim {args.decoder_dim}: {heads} and 4 (of positions) must divide it")
+    patches = (args.image_size // args.patch_size) ** 2
+    if not 0 < int(patches * (1 - args.mask_ratio)) < patches:
+        fail(f"--mask-ratio {args.mask_ratio} of {patches} patches keeps none or all: change it")
 
 
-def open_data(data, split):
-    """-> images: uint8 (N, C, H, W), or N paths; labels: dict of N each, the class first."""
-    train, root = split == "train", Path(data)
-    if data == "plates":
-        return draw_plates(50 if train else 10, seed=0 if train else 1)
-    try:
-        if data in ("cifar10", "cifar100"):
-            source = (CIFAR10 if data == "cifar10" else CIFAR100)("data", train, download=True)
-            images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-            return images, {"class": torch.tensor(source.targets)}
-        if (root / f"{split}2018.json").is_file():  # iNaturalist 2018
-            listing = json.loads((root / f"{split}2018.json").read_text())
-            label = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
-            samples = [(root / item["file_name"], label[item["id"]]) for item in listing["images"]]
-        else:
-            samples = ImageFolder(root / split).samples
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        need = "a download or ./data" if "cifar" in data else f"{root / split}/CLASS/IMAGE"
-        fail(f"--data {data}: needs {need} ({type(error).__name__}: {str(error).splitlines()[0]})")
-    paths, labels = zip(*samples)
-    return list(map(str, paths)), {"class": torch.tensor(labels)}
-
-
-def crop_batch(images, u, area, size, flip):
-    """RandomResizedCrop and flip of B square images at once, by bilinear sampling.
-
-    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box of
-    `area` (fraction of the image) and aspect 3/4 to 4/3 that fits -> (B, 3, size, size) uint8."""
-    share, aspect = area[0] + (area[1] - area[0]) * u[..., 0], (4 / 3) ** (2 * u[..., 1] - 1)
-    w, h = (share * aspect).sqrt(), (share / aspect).sqrt()  # (B, 10) fractions of the side
-    first = ((w <= 1) & (h <= 1)).int().argmax(dim=1, keepdim=True)
-    w, h = w.gather(1, first)[:, 0].clamp(max=1), h.gather(1, first)[:, 0].clamp(max=1)
-    x, y = (2 * u[:, 0, 2] - 1) * (1 - w), (2 * u[:, 0, 3] - 1) * (1 - h)  # centres in [-1, 1]
-    w, zero = torch.where(u[:, 1, 2] < flip, -w, w), torch.zeros_like(x)
-    affine = torch.stack([w, zero, x, zero, h, y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
-    crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return crops.round().byte()
-
-
-class CroppedViews(Dataset):
-    """Item (step, indices): this process's share of a global batch, cropped and flipped. For each
-    (views, size, area) of `groups` uint8 (V, B, 3, size, size); or a message if a file fails."""
-
-    def __init__(self, images, groups, flip, seed, rank, processes):
-        self.images, self.groups, self.flip = images, groups, flip
-        self.seed, self.rank, self.processes = seed, rank, processes
-
-    def __getitem__(self, item):
-        step, indices = item
-        B, views = len(indices), []
-        first = self.rank * B  # numbers are drawn for the global batch, then cut
-        if torch.is_tensor(self.images):
-            images = self.images[indices].expand(-1, 3, -1, -1)
-            torch.manual_seed(hash((self.seed, step, 0)))
-            for V, size, area in self.groups:
-                u = torch.rand(V, B * self.processes, 10, 4)[:, first : first + B]
-                views.append(torch.stack([crop_batch(images, v, area, size, self.flip) for v in u]))
-            return views
-        for position, path in enumerate((self.images[i] for i in indices), first):
-            try:
-                image = read_image(path)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                return f"{path}: unreadable image ({error}): mend or remove it"
-            torch.manual_seed(hash((self.seed, step, 0, position)))
-            for V, size, area in self.groups:
-                crop, flip = v2.RandomResizedCrop(size, area), v2.RandomHorizontalFlip(self.flip)
-                views.append(torch.stack([flip(crop(image)) for _ in range(V)]))
-        return [torch.stack(views[g :: len(self.groups)], dim=1) for g in range(len(self.groups))]
-
-
-def read_image(path):
-    """A file of any mode and orientation -> (3, H, W) uint8."""
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        upright = upright.convert("RGBA") if "transparency" in image.info else upright
-        return TF.pil_to_tensor(upright.convert("RGB"))
-
-
-def normalise(image, standardise):
-    """(B, 3, H, W) in [0, 1] -> the network's input, by each image's own numbers or ImageNet's."""
-    if standardise:
-        deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
-        return (image - mean) / (deviation + 1e-3)
-    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-# ---- 3. Encoder
-class Block(nn.Module):
-    """Transformer block, pre-norm, with timm's parameter names: (B, N, D) -> (B, N, D)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
-        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
-
-    def forward(self, x):
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-def sincos_position_embedding(dim, grid_size, cls_token=True):
-    """Fixed 2-D embedding -> (1 + N, dim) float64, N = grid_size**2; the first row, 0, is cls's.
-
-    Of the patch in row r, column c: [sin(c w), cos(c w), sin(r w), cos(r w)], w_j = 10000^(-4j/dim)
-    for j from 0; the first half is the column's, as in the official code (util/pos_embed)."""
-    w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    place = torch.arange(grid_size)[:, None] * w  # (g, D / 4)
-    wave = torch.cat([place.sin(), place.cos()], dim=1)  # (g, D / 2)
-    columns, rows = wave.repeat(grid_size, 1), wave.repeat_interleave(grid_size, dim=0)
-    patches = torch.cat([columns, rows], dim=1)  # (N, D)
-    return F.pad(patches, (0, 0, 1, 0)) if cls_token else patches
-
-
-def initialise_mae(module):
-    """The official initial weights: linear Xavier uniform, over the three of qkv at once; bias 0.
-    The patches' convolution as a linear map, its bias as torch has it."""
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
-        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
-
-
-# ---- 4. Method
-def patchify(images, patch_size):
-    """(B, 3, H, W) -> (B, N, 3 * p * p), row after row; in a patch row, column, channel."""
-    p, g = patch_size, images.shape[2] // patch_size
-    grid = images.unflatten(2, (g, p)).unflatten(4, (g, p))  # (B, 3, g, p, g, p)
-    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def unpatchify(patches, patch_size):
-    """The reverse: (B, N, 3 * p * p) -> (B, 3, H, W)."""
-    p, g = patch_size, math.isqrt(patches.shape[1])
-    grid = patches.unflatten(2, (p, p, 3)).unflatten(1, (g, g))  # (B, g, g, p, p, 3)
-    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
-
-
-def patch_statistics(patches):
-    """Mean and deviation of each patch over pixels and channels: (B, N, 1) each."""
-    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)  # unbiased, as official
-    return mean, (variance + 1e-6).sqrt()
-
-
+# ---- 2. Loss
 def mae_loss(pred, patches, mask, norm_pix_loss=False):
     """Mean squared error of the removed patches. pred, patches (B, N, 3 * p * p); mask (B, N), 1:
     removed. With norm_pix_loss patches are normalised one by one. In float32 (or 64)."""
@@ -328,35 +131,78 @@ def mae_loss(pred, patches, mask, norm_pix_loss=False):
     return (error * mask).sum() / mask.sum()
 
 
+def patch_statistics(patches):
+    """Mean and deviation of each patch over pixels and channels: (B, N, 1) each."""
+    variance, mean = torch.var_mean(patches, dim=2, keepdim=True)  # unbiased, as official
+    return mean, (variance + 1e-6).sqrt()
+
+
+def patchify(images, patch_size):
+    """(B, 3, H, W) -> (B, N, 3 * p * p), row after row; in a patch row, column, channel."""
+    p = patch_size
+    g = images.shape[2] // p  # patches a side
+    grid = images.unflatten(2, (g, p)).unflatten(4, (g, p))  # (B, 3, g, p, g, p)
+    return grid.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches, patch_size):
+    """The reverse: (B, N, 3 * p * p) -> (B, 3, H, W)."""
+    p = patch_size
+    g = math.isqrt(patches.shape[1])
+    grid = patches.unflatten(2, (p, p, 3)).unflatten(1, (g, g))  # (B, g, g, p, p, 3)
+    return grid.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+# ---- 3. Model
 class MAE(nn.Module):
     """Encoder and decoder, under the official names: a released checkpoint loads strictly, and all
     but mask_token and decoder* is a ViT of timm's, without classifier."""
 
-    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, decoder_dim=512,
-                 decoder_depth=8, decoder_heads=16, norm_pix_loss=False):  # fmt: skip
+    def __init__(
+        self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, decoder_dim=512,
+        decoder_depth=8, decoder_heads=16, norm_pix_loss=False,
+    ):  # fmt: skip
         super().__init__()
-        self.patch_size, self.norm_pix_loss = patch_size, norm_pix_loss
+        self.patch_size = patch_size
+        self.norm_pix_loss = norm_pix_loss
         grid = image_size // patch_size
+
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, grid).float()[None], False)
+        positions = sincos_position_embedding(dim, grid).float()[None]
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
         self.decoder_embed = nn.Linear(dim, decoder_dim)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, decoder_dim))
         positions = sincos_position_embedding(decoder_dim, grid).float()[None]
         self.decoder_pos_embed = nn.Parameter(positions, requires_grad=False)
         blocks = [Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)]
         self.decoder_blocks = nn.Sequential(*blocks)
-        self.decoder_norm = nn.LayerNorm(decoder_dim, 1e-6)
+        self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_dim, 3 * patch_size**2)
-        self.apply(initialise_mae)
+        self.apply(initialise)
+
+    def forward(self, images, mask_ratio=0.75, noise=None):
+        """images (B, 3, H, W), normalised; noise (B, N): the patches of the smallest are kept;
+        None: uniform. Returns the loss; pred (B, N, 3 * p * p); mask (B, N), 1: removed."""
+        N = self.pos_embed.shape[1] - 1
+        if noise is None:
+            noise = torch.rand(len(images), N, device=images.device)
+        order = noise.argsort(dim=1)  # (B, N): kept patches, then removed ones
+        inverse = order.argsort(dim=1)  # (B, N): the place of each patch in that order
+        kept = int(N * (1 - mask_ratio))
+        mask = (inverse >= kept).to(images.dtype)
+        pred = self.decode(self.encode(images, order[:, :kept]), inverse)
+        patches = patchify(images, self.patch_size)
+        return mae_loss(pred, patches, mask, self.norm_pix_loss), pred, mask
 
     def encode(self, images, keep):
         """images (B, 3, H, W), keep (B, n): patches to see, in this order -> (B, 1 + n, D)."""
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B, N, D)
         x = x + self.pos_embed[:, 1:]
-        x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))  # (B, n, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         return self.norm(self.blocks(torch.cat([cls, x], dim=1)))
 
@@ -366,223 +212,746 @@ class MAE(nn.Module):
         cls, x = self.decoder_embed(latent).split([1, latent.shape[1] - 1], dim=1)
         missing = self.mask_token.to(x).expand(len(x), inverse.shape[1] - x.shape[1], -1)
         x = torch.cat([x, missing], dim=1)  # (B, N, decoder_dim)
-        x = x.gather(1, inverse[:, :, None].expand(-1, -1, x.shape[2]))
+        x = x.gather(1, inverse[:, :, None].expand(-1, -1, x.shape[2]))  # in the image's order
         x = torch.cat([cls, x], dim=1) + self.decoder_pos_embed
         return self.decoder_pred(self.decoder_norm(self.decoder_blocks(x)))[:, 1:]
 
-    def forward(self, images, mask_ratio=0.75, noise=None):
-        """images (B, 3, H, W), normalised; noise (B, N): the patches of the smallest are kept;
-        None: uniform -> loss; pred (B, N, 3 * p * p); mask (B, N), 1: removed."""
-        N = self.pos_embed.shape[1] - 1
-        noise = torch.rand(len(images), N, device=images.device) if noise is None else noise
-        order = noise.argsort(dim=1)
-        inverse, keep = order.argsort(dim=1), int(N * (1 - mask_ratio))
-        mask = (inverse >= keep).to(images.dtype)
-        pred = self.decode(self.encode(images, order[:, :keep]), inverse)
-        patches = patchify(images, self.patch_size)
-        return mae_loss(pred, patches, mask, self.norm_pix_loss), pred, mask
+
+def sincos_position_embedding(dim, grid_size, cls_token=True):
+    """Fixed 2-D embedding -> (1 + N, dim) float64, N = grid_size**2; the first row, 0, is cls's.
+
+    Of the patch in row r, column c: [sin(c w), cos(c w), sin(r w), cos(r w)], w_j = 10000^(-4j/dim)
+    for j from 0; the first half is the column's, as in the official code (util/pos_embed)."""
+    w = 10000.0 ** (-torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    place = torch.arange(grid_size)[:, None] * w  # (g, D / 4)
+    wave = torch.cat([place.sin(), place.cos()], dim=1)  # (g, D / 2)
+    columns = wave.repeat(grid_size, 1)  # (N, D / 2)
+    rows = wave.repeat_interleave(grid_size, dim=0)
+    patches = torch.cat([columns, rows], dim=1)  # (N, D)
+    return F.pad(patches, (0, 0, 1, 0)) if cls_token else patches
 
 
-def encoder_state(mae):
-    """The encoder's part of the state dict: timm's names."""
-    decoder = ("mask_token", "decoder")
-    return {name: x for name, x in mae.state_dict().items() if not name.startswith(decoder)}
+class Block(nn.Module):
+    """Transformer block, pre-norm, with timm's parameter names: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+
+    def forward(self, x):
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        x = x + self.attn["proj"](mixed)
+        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))  # (B, N, 4D)
+        return x + self.mlp["fc2"](hidden)
 
 
-def mae_step(model, optimizer, images, noise, lr, mask_ratio=0.75, bf16=False):
-    """One step on images (B, 3, H, W) with the noise (B, N) of their masks -> gradient norm and
-    loss, of this process; the prediction; the mask."""
+def initialise(module):
+    """The official initial weights: linear Xavier uniform, over the three of qkv at once; bias 0.
+    The patches' convolution as a linear map, its bias as torch has it."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)
+
+
+class EncoderOf:
+    """The encoder among MAE's weights, for the checkpoint: under timm's names, to be evaluated."""
+
+    def __init__(self, mae):
+        self.mae = mae
+
+    def state_dict(self):
+        state = self.mae.state_dict()
+        return {name: state[name] for name in state if not name.startswith(("mask_", "decoder_"))}
+
+    def load_state_dict(self, state):
+        """Nothing to do: the whole MAE is loaded."""
+
+
+# ---- 4. Optimiser and schedule
+def parameter_groups(model):
+    """For AdamW: matrices, cls and mask token, which decay; biases, norms. Positions are fixed."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim <= 1]
+    return [dict(params=weights), dict(params=vectors, weight_decay=0.0)]
+
+
+def schedule(step, epoch_steps, args):
+    """Learning rate of update `step` (from 0): a peak in proportion to the batch size."""
+    peak = args.base_lr * args.batch_size / 256
+    lr = warmup_cosine(
+        step,
+        warmup=int(args.warmup * epoch_steps),
+        steps=args.epochs * epoch_steps,
+        peak=peak,
+        final=args.final_lr * peak,
+    )
+    return dict(lr=lr)
+
+
+def warmup_cosine(step, warmup, steps, peak, final):
+    """From 0 at step 0 straight up to `peak` at `warmup`, then half a cosine wave to `final`."""
+    if step < warmup:
+        return peak * step / warmup
+    progress = min((step - warmup) / max(steps - warmup, 1), 1)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ---- 5. Training
+def mae_inputs(crops, args, device):
+    """Normalised images (B, 3, H, W), and the noise (B, N) that says which patches to remove.
+
+    crops (1, B, 3, H, W) uint8. Random numbers are drawn for the batch of all processes, of which
+    each takes its own part: the result does not depend on the number of processes."""
+    images = normalise(crops[0].to(device).float() / 255, args.standardise)
+    B = len(images)
+    patches = (args.image_size // args.patch_size) ** 2
+    noise = torch.rand(B * world_size(), patches)[own_part(B)]
+    return images, noise.to(device)
+
+
+def mae_step(model, optimizer, images, noise, lr, args):
+    """One update on images (B, 3, H, W), with the noise (B, N) of their masks.
+
+    Returns metrics {name: scalar tensor of this process}, the prediction and the mask."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        loss, pred, mask = model(images, mask_ratio, noise)
+
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
+        loss, pred, mask = model(images, args.mask_ratio, noise)
+
     optimizer.zero_grad()
     loss.backward()
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.stack(torch._foreach_norm(gradients)).norm()  # not clipped, as official
+    gradient_norm = nn.utils.get_total_norm(gradients)  # not clipped, as official
     optimizer.step()
-    return torch.stack([norm, loss]).detach(), pred.detach(), mask
+    return dict(loss=loss, gradient_norm=gradient_norm), pred.detach(), mask
 
 
-def draw_reconstruction(images, pred, mask, patch_size, norm_pix_loss, path):
-    """Picture of images (B, 3, H, W), of what the encoder sees, and of that with the prediction in
-    the gaps, a row each; each patch's own mean and deviation are given back to it."""
-    patches, mask = patchify(images, patch_size), mask[:, :, None]
-    if norm_pix_loss:
-        mean, deviation = patch_statistics(patches)
-        pred = pred.to(patches) * deviation + mean
-    rows = [patches, patches * (1 - mask), torch.where(mask > 0, pred.to(patches), patches)]
-    rows = torch.cat([unpatchify(x, patch_size) for x in rows])
-    low, high = images.min().item(), images.max().item()
-    save_image(rows, path, nrow=len(images), normalize=True, value_range=(low, high))
+def train(args, device):
+    """Train MAE. Run continues, logs, saves and stops; the method is mae_step."""
+    run = Run("mae", args, device)
+    images, classes = training_set(args)
+    sampler = batch_sampler(classes, args)
+
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    mae = MAE(
+        args.image_size, args.patch_size, args.dim, args.depth, args.heads, args.decoder_dim,
+        args.decoder_depth, args.decoder_heads, args.norm_pix_loss,
+    ).to(device)  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        parameter_groups(mae),
+        lr=0.0,  # set at every update
+        betas=(0.9, 0.95),
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    run.restore(sampler, mae=mae, encoder=EncoderOf(mae), optimizer=optimizer)
+    model = DistributedDataParallel(mae)
+
+    dataset = CroppedViews(images, [(1, args.image_size, args.crop)], args)
+    for step, (crops,) in run.steps(batch_loader(dataset, sampler, run, args)):
+        images, noise = mae_inputs(crops, args, device)
+        rates = schedule(step, len(sampler), args)
+        metrics, pred, mask = mae_step(model, optimizer, images, noise, rates["lr"], args)
+        if step == 0:
+            draw_views([images[None]], run.out, normalised=True)
+        run.log(metrics, rates)
+        if run.saving:
+            draw_reconstruction(images[:8], pred[:8], mask[:8], mae, run.out)
 
 
-# ---- 5. Optimiser and schedule
-def decay_groups(model):
-    """For AdamW: matrices, cls and mask token, which decay; biases, norms. Positions are fixed."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    weights, others = [p for p in trained if p.ndim > 1], [p for p in trained if p.ndim <= 1]
-    return [dict(params=weights), dict(params=others, weight_decay=0.0)]
+def main(argv=None):
+    args = parse_args(argv)
+    with process_group() as device:
+        train(args, device)
 
 
-def optimizer_of(model, weight_decay):
-    """AdamW as in the official code; the rate is set at every step."""
-    groups = decay_groups(model)
-    return torch.optim.AdamW(groups, 0.0, (0.9, 0.95), weight_decay=weight_decay, fused=True)
+# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
+# ---- Options
+def fail(message, everywhere=False):
+    """Bad input: one line on stderr and exit status 2. Process 0 speaks for all, or `everywhere`
+    each for itself."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
 
 
-def learning_rate(step, warmup, steps, peak, final):
-    """Rate of update `step` (from 0, where it is 0): linear for `warmup` steps, then a cosine from
-    peak to final at `steps`."""
-    if step < warmup:
-        return peak * step / warmup
-    share = min((step - warmup) / max(steps - warmup, 1), 1)
-    return final + (peak - final) * (1 + math.cos(math.pi * share)) / 2
+def option_number(kind, text, low, high, expected):
+    """The number in `text`, an option's value. argparse turns the error into one line."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text}: give {expected}")
+    return number
 
 
-# ---- 6. Distributed, checkpoints
-def init_distributed():
-    """Join torchrun's process group, or be one of size one -> this process's device."""
+def positive_int(text):
+    return option_number(int, text, low=1, high=2**63, expected="a whole number of at least 1")
+
+
+def count(text):
+    return option_number(int, text, low=0, high=2**63, expected="a whole number from 0 to 9.2e+18")
+
+
+def positive(text):
+    least = sys.float_info.min
+    return option_number(float, text, low=least, high=1e300, expected="a number above 0")
+
+
+def nonnegative(text):
+    return option_number(float, text, low=0, high=1e300, expected="a number of at least 0")
+
+
+def fraction(text):
+    return option_number(float, text, low=0, high=1, expected="a number from 0 to 1")
+
+
+def option_parser(doc, out, recipes):
+    """A parser with the options that all scripts share; `doc` is the script's docstring."""
+    p = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0],
+        epilog="Defaults are the paper's, for folders of images. --recipe replaces some of them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.error = lambda message: fail(re.sub(r"^argument (\S+): ", r"\1 ", message))
+    g = p.add_argument_group("run")
+    g.add_argument("--data", default="plates",
+                   help="plates, cifar10, cifar100 or a folder with train/CLASS/IMAGE")  # fmt: skip
+    g.add_argument("--recipe", choices=recipes, help="None: that of --data; folders: paper")
+    g.add_argument("--k-classes", type=positive_int,
+                   help="distinct classes in every batch; None: any; raises a recipe's batch "
+                        "size that cannot hold them")  # fmt: skip
+    g.add_argument("--long-tail", type=nonnegative, default=0.0,
+                   help="keep a share k^-LONG_TAIL of the images of class k")  # fmt: skip
+    g.add_argument("--steps", type=positive_int, help="updates in all; None: all of --epochs")
+    g.add_argument("--out", default=out, help="folder of checkpoint, log and pictures")
+    g.add_argument("--seed", type=count, default=0, help="of weights, batches and views")
+    g.add_argument("--workers", type=count,
+                   help="loader processes; None: a core each, 0 for data in memory")  # fmt: skip
+    g.add_argument("--log-every", type=positive_int, default=50, help="updates; fewer at first")
+    g.add_argument("--save-minutes", type=positive, default=5.0,
+                   help="between checkpoints; 1 for data in memory")  # fmt: skip
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                   default=torch.cuda.is_available(), help="autocast to bfloat16")  # fmt: skip
+    return p
+
+
+def parse_with_recipe(parser, argv, recipes):
+    """Parse twice: the recipe's values become the defaults of what the user leaves open."""
+    first, _ = parser.parse_known_args(argv)
+    name = first.recipe or (first.data if first.data in recipes else "paper")
+    parser.set_defaults(recipe=name, **recipes[name])
+    if first.data in IN_MEMORY:  # a run of minutes
+        parser.set_defaults(save_minutes=1.0)
+    batch_size = parser.get_default("batch_size")
+    if (first.k_classes or 0) > batch_size:
+        parser.set_defaults(batch_size=math.ceil(first.k_classes / 128) * 128)
+    return parser.parse_args(argv)
+
+
+def option_flag(name, value):
+    """An option as one types it."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None:
+        return f"no {flag}"
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-")
+    if isinstance(value, list):
+        return " ".join([flag, *map(str, value)])
+    return f"{flag} {value}"
+
+
+# ---- Data
+def training_set(args):
+    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), cut by --long-tail."""
+    try:
+        images, labels = open_data(args.data, "train")
+    except ValueError as error:
+        fail(f"--data {error}")
+    classes = next(iter(labels.values())).numpy()
+    if args.long_tail:
+        kept = long_tail(classes, args.long_tail, args.seed)
+        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
+        classes = classes[kept]
+    return images, classes
+
+
+def batch_sampler(classes, args):
+    """Batches of --k-classes classes, or of any."""
+    try:
+        return KClassBatchSampler(
+            classes,
+            args.batch_size,
+            args.k_classes,
+            rank=rank(),
+            world_size=world_size(),
+            seed=args.seed,
+        )
+    except ValueError as error:
+        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
+
+
+def batch_loader(dataset, sampler, run, args):
+    """The batches of the run's updates that are left, by loader processes if data are files."""
+
+    def items():
+        start = run.step
+        for epoch in range(start // len(sampler), math.ceil(run.last / len(sampler))):
+            sampler.set_epoch(epoch)
+            first = epoch * len(sampler)
+            batches = enumerate(sampler, first)  # (step, indices)
+            yield from itertools.islice(batches, max(start - first, 0), run.last - first)
+
+    workers = args.workers
+    if workers is None:
+        workers = 0 if torch.is_tensor(dataset.images) else os.cpu_count() // world_size()
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items(),
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def ignore_signals(worker):
+    """Loader processes go on while the run finishes its update; it ends them afterwards."""
+    for number in Run.STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class CroppedViews(Dataset):
+    """Crops of this process's share of a global batch, flipped at random.
+
+    Item (step, indices): for each (views, size, area) in `sizes` a uint8 (V, B, 3, size, size), in
+    a list; or a message if a file cannot be read. area: fraction of the image, from to. Random
+    numbers follow from seed, step and position in the batch of all processes."""
+
+    def __init__(self, images, sizes, args):
+        self.images = images
+        self.sizes = sizes
+        self.flip = args.flip
+        self.seed = args.seed
+        self.rank = rank()
+        self.world_size = world_size()
+
+    def __getitem__(self, item):
+        step, indices = item
+        first = self.rank * len(indices)  # of the batch of all processes
+        if torch.is_tensor(self.images):
+            return self.crop_tensors(step, indices, first)
+        try:
+            return self.crop_files(step, indices, first)
+        except UnreadableImage as error:
+            return str(error)
+
+    def crop_tensors(self, step, indices, first):
+        """All images at once."""
+        B = len(indices)
+        images = self.images[indices].expand(-1, 3, -1, -1)
+        torch.manual_seed(hash((self.seed, step, 0)))
+        views = []
+        for V, size, area in self.sizes:
+            u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
+            crops = [crop_batch(images, one, area, size, self.flip) for one in u]
+            views.append(torch.stack(crops))
+        return views
+
+    def crop_files(self, step, indices, first):
+        """One image after another: they differ in size."""
+        images = []
+        for position, index in enumerate(indices, first):
+            image = read_image(self.images[index])
+            torch.manual_seed(hash((self.seed, step, 0, position)))
+            images.append([self.crop_image(image, *size) for size in self.sizes])
+        return [torch.stack(views, dim=1) for views in zip(*images)]
+
+    def crop_image(self, image, V, size, area):
+        """V crops of an image (3, H, W) -> (V, 3, size, size)."""
+        crop = v2.RandomResizedCrop(size, area)
+        flip = v2.RandomHorizontalFlip(self.flip)
+        return torch.stack([flip(crop(image)) for _ in range(V)])
+
+
+def crop_batch(images, u, area, size, flip):
+    """RandomResizedCrop and flip of square images, all at once, by bilinear sampling.
+
+    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box that
+    fits, of `area` (fraction of the image) and aspect 3/4 to 4/3 -> (B, 3, size, size) uint8."""
+    share = area[0] + (area[1] - area[0]) * u[..., 0]  # (B, 10)
+    aspect = (4 / 3) ** (2 * u[..., 1] - 1)
+    widths = (share * aspect).sqrt()  # fractions of the image's side
+    heights = (share / aspect).sqrt()
+    fits = (widths <= 1) & (heights <= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)  # if none fits, the first, cut to the image
+    width = widths.gather(1, first)[:, 0].clamp(max=1)  # (B,)
+    height = heights.gather(1, first)[:, 0].clamp(max=1)
+    x = (2 * u[:, 0, 2] - 1) * (1 - width)  # the box's centre, in [-1, 1]
+    y = (2 * u[:, 0, 3] - 1) * (1 - height)
+    width = torch.where(u[:, 1, 2] < flip, -width, width)
+    zero = torch.zeros_like(x)
+    affine = torch.stack([width, zero, x, zero, height, y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
+    crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return crops.round().byte()
+
+
+class UnreadableImage(Exception):
+    """Its text names the file, the reason and the remedy."""
+
+
+def read_image(path):
+    """An image file of any mode and orientation -> (3, H, W) uint8. Raises UnreadableImage."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in image.info:
+                upright = upright.convert("RGBA")
+            return TF.pil_to_tensor(upright.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{path}: unreadable image ({error}): fix or remove it") from None
+
+
+# ---- Colours
+def normalise(image, standardise):
+    """(B, 3, H, W) in [0, 1] -> the network's input, by each image's own numbers or ImageNet's."""
+    if standardise:
+        deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
+        return (image - mean) / (deviation + 1e-3)
+    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+# ---- Processes
+@contextlib.contextmanager
+def process_group():
+    """Join torchrun's processes, or be a group of one; leave it at the end, whatever happens.
+
+    Yields this process's device. One process is a world of size one: there is no other path."""
+    cuda = torch.cuda.is_available()
     device = torch.device("cpu")
-    if cuda := torch.cuda.is_available():
+    if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    return device
+    handlers = {number: signal.getsignal(number) for number in Run.STOPS}
+    try:
+        yield device
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        dist.destroy_process_group()
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_part(B):
+    """Where this process's B images are in the batch of all processes."""
+    return slice(rank() * B, (rank() + 1) * B)
+
+
+# ---- A run in its folder
+class Run:
+    """A run's folder: where the run continues, its log, its checkpoints, and when it stops.
+
+    run = Run("simclr", args, device)
+    run.restore(sampler, simclr=model, optimizer=optimizer)
+    for step, batch in run.steps(loader):
+        run.log(metrics, rates)
+    """
+
+    STOPS = (signal.SIGINT, signal.SIGTERM)
+    MAY_CHANGE = ("out", "steps", "workers", "log_every", "save_minutes")  # when it continues
+    FIRST_LINES = (1, 2, 5, 10, 20)  # steps that are logged besides every --log-every
+    COLLAPSED = dict(information=0.02, embedding_std=0.02, target_std=0.02)  # below this
+
+    def __init__(self, script, args, device):
+        self.script = script
+        self.args = args
+        self.device = device
+        self.out = Path(args.out)
+        self.checkpoint = self.out / "checkpoint.pt"
+        kept = {name: x for name, x in vars(args).items() if name not in self.MAY_CHANGE}
+        self.options = {"script": script} | kept
+        self.state = load_checkpoint(self.checkpoint, self.options)
+        self.step = self.state.get("step", 0)  # updates made
+        self.metrics = []  # of the updates since the last line of the log
+        self.means = {}  # of these, at the last line or checkpoint
+        self.received = 0  # the number of the signal that this process got
+        self.received_time = 0.0
+        self.stop_signal = 0  # of any process: all stop
+        self.saving = False
+        self.lines_collapsed = 0
+
+    def restore(self, sampler, **parts):
+        """Load the parts from the checkpoint, if there is one; print what the run will do.
+
+        Later checkpoints hold the same parts. The first is the network."""
+        self.parts = parts
+        self.epoch_steps = len(sampler)
+        self.horizon = self.args.epochs * self.epoch_steps
+        self.last = min(self.args.steps or self.horizon, self.horizon)
+        for name, part in parts.items():
+            if name in self.state:
+                part.load_state_dict(self.state[name])
+        self.state = {}
+        steps = torch.tensor([self.step, -self.step])
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            fail(f"--out {self.out}: not all processes see the same checkpoint: share the folder")
+        if rank() == 0:
+            self.open_folder()
+            print(self.plan(sampler), flush=True)
+
+    def open_folder(self):
+        """Make the folder and cut off what a killed run logged after its last checkpoint."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            options = {"script": self.script} | vars(self.args)
+            (self.out / "options.json").write_text(json.dumps(options, indent=1) + "\n")
+            log = self.out / "log.jsonl"
+            log.touch()
+            os.truncate(log, self.saved_log_size(log.read_bytes()))
+        except OSError as error:
+            fail(f"--out {self.out}: not writable ({error}): choose another folder")
+
+    def saved_log_size(self, log):
+        """Bytes of the lines, whole ones, of updates that the checkpoint has."""
+        size = 0
+        for line in log.splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > self.step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            size += len(line)
+        return size
+
+    def plan(self, sampler):
+        """One line: what will happen."""
+        args = self.args
+        network = next(iter(self.parts.values()))
+        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        images = f"{len(sampler.labels):,} images of {len(sampler.sizes):,} classes"
+        tail = f" (--long-tail {args.long_tail})" if args.long_tail else ""
+        classes = f"K = {args.k_classes} classes each" if args.k_classes else "any classes"
+        steps = f"{self.horizon:,} steps"
+        if self.last < self.horizon:
+            steps += f", of which --steps {self.last}"
+        start = f"continues after step {self.step:,}" if self.step else "new"
+        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
+        return (
+            f"{self.script}: {args.data}{tail}, {images}; batches of {args.batch_size:,}, "
+            f"{classes}; {args.epochs} epochs, {steps}; "
+            f"{parameters:,} parameters; {self.device}, {processes}; {self.out}, {start}"
+        )
+
+    def steps(self, loader):
+        """Yield (step, batch) of the updates that are left. Save on the way and at the end.
+
+        Ctrl-C and SIGTERM end it after the present update, with exit status 130 or 143."""
+        for number in self.STOPS:
+            signal.signal(number, self.stop_soon)
+        self.start_time = self.save_time = self.line_time = time.time()
+        self.line_step = self.step
+        hidden = None if rank() == 0 else True  # None: unless it is a terminal
+        self.bar = tqdm(total=self.last, initial=self.step, unit="step", disable=hidden)
+        for batch in loader:
+            if isinstance(batch, str):  # what a loader process could not read
+                self.fail(batch, everywhere=True)
+            torch.manual_seed(hash((self.args.seed, self.step, 1)))  # the same after a restart
+            yield self.step, batch
+            if self.saving:
+                self.save()
+            if self.stop_signal and self.step < self.last:
+                self.bar.close()
+                if rank() == 0:
+                    print(f"stopped after step {self.step} of {self.last}, saved in "
+                          f"{self.checkpoint}; the same command continues")  # fmt: skip
+                sys.exit(128 + self.stop_signal)
+        self.bar.close()
+        if rank() == 0:
+            minutes, seconds = divmod(round(time.time() - self.start_time), 60)
+            print(f"{self.step} of {self.horizon} steps, {minutes} min {seconds} s: "
+                  f"{self.checkpoint}\nnext: python linear_eval.py {self.checkpoint}")  # fmt: skip
+
+    def stop_soon(self, number, _):
+        """Stop after this update. A second signal stops at once, if it is not an echo of the first:
+        `timeout` sends SIGTERM to the process, then to its whole group."""
+        now = time.time()
+        if self.received == 0:
+            self.received = number
+            self.received_time = now
+        elif now - self.received_time > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def log(self, metrics, rates):
+        """Count an update, and write a line of the log if it is time.
+
+        metrics {name: tensor}: the line has their means over updates since the last line and over
+        processes; of a vector it has the deciles. rates {name: number}: the line has the last."""
+        self.step += 1
+        self.bar.update()
+        self.metrics.append({name: x.detach() for name, x in metrics.items()})
+        self.agree()
+        ends = self.step == self.last or self.stop_signal > 0
+        self.saving = self.saving or ends
+        early = self.step in self.FIRST_LINES and self.step < self.args.log_every
+        due = ends or early or self.step % self.args.log_every == 0
+        if not due and not self.saving:
+            return  # not even .item(), which would wait for the GPU
+        self.means = self.average_metrics()
+        if due:
+            self.write_line(rates)
+
+    def agree(self):
+        """A signal to one process stops all; the clock of process 0 says when to save."""
+        elapsed = time.time() - self.save_time
+        save = rank() == 0 and elapsed > 60 * self.args.save_minutes
+        wishes = torch.tensor([self.received, int(save)])
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.stop_signal = wishes[0].item()
+        self.saving = wishes[1].item() > 0
+
+    def average_metrics(self):
+        """{name: mean}; a value that is not finite ends the run before a checkpoint has it."""
+        means = {}
+        for name in self.metrics[0]:
+            values = torch.stack([row[name] for row in self.metrics]).double()  # (updates, ...)
+            dist.all_reduce(values)
+            values = values.cpu() / world_size()
+            finite = values.reshape(len(values), -1).isfinite().all(dim=1)
+            if not finite.all():
+                step = self.step - len(finite) + 1 + finite.int().argmin().item()
+                lr = "base_lr" if "base_lr" in self.options else "lr"
+                flag = option_flag(lr, self.options[lr])
+                self.fail(f"{name} is not finite at step {step}: lower {flag}")
+            means[name] = values.mean(dim=0)
+        return means
+
+    def write_line(self, rates):
+        """Append to log.jsonl; show the loss in the bar, or the line if there is no terminal."""
+        now = time.time()
+        updates = self.step - self.line_step
+        line = dict(step=self.step, epoch=(self.step - 1) // self.epoch_steps) | rates
+        for name, mean in self.means.items():
+            line[name] = mean.item() if mean.ndim == 0 else deciles(mean)
+        line["images_per_second"] = updates * self.args.batch_size / (now - self.line_time)
+        self.metrics = []
+        self.line_step = self.step
+        self.line_time = now
+        if rank() > 0:
+            return
+        with (self.out / "log.jsonl").open("a") as file:
+            print(json.dumps(line), file=file)
+        numbers = {name: f"{x:.4g}" for name, x in line.items() if not isinstance(x, list)}
+        self.bar.set_postfix(loss=numbers["loss"])
+        if self.bar.disable:
+            print(" ".join(f"{name} {x}" for name, x in numbers.items()), flush=True)
+        self.warn_of_collapse(line)
+
+    def warn_of_collapse(self, line):
+        """After the warm-up, once, when all images have looked the same for five lines."""
+        indicator = next((name for name in self.COLLAPSED if name in line), None)
+        if indicator is None or line["step"] < self.args.warmup * self.epoch_steps:
+            return
+        collapsed = line[indicator] < self.COLLAPSED[indicator]
+        self.lines_collapsed = self.lines_collapsed + 1 if collapsed else 0
+        if self.lines_collapsed == 5:
+            self.bar.write(
+                f"warning: collapse: {indicator} is {line[indicator]:.2g}, so all images look "
+                "the same to the network: lower the learning rate"
+            )
+
+    def save(self):
+        """Write the checkpoint under another name, then rename it: a kill leaves no half file."""
+        self.save_time = time.time()
+        if rank() == 0:
+            state = dict(options=self.options, step=self.step)
+            for name, part in self.parts.items():
+                state[name] = part.state_dict()
+            torch.save(state, self.out / "checkpoint.partial")
+            os.replace(self.out / "checkpoint.partial", self.checkpoint)
+
+    def fail(self, message, everywhere=False):
+        self.bar.close()  # the message gets a line of its own
+        fail(message, everywhere)
+
+
+def deciles(values):
+    """Eleven of the values (K,), at even ranks from the largest to the smallest, as numbers."""
+    ranks = torch.linspace(0, len(values) - 1, 11).long()
+    chosen = values.sort(descending=True).values[ranks]
+    return [float(f"{x:.3g}") for x in chosen]
 
 
 def load_checkpoint(path, options):
-    """The state at `path`, None if there is none; refuses what does not belong to this run."""
+    """The state at `path`, {} if there is none; refuses what does not belong to this run."""
     if not path.exists():
-        return None
+        return {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         there = {name: state["options"].get(name) for name in options}
     except Exception as error:  # torch raises many kinds for damaged files
         fail(f"{path} is damaged or foreign ({type(error).__name__}): move it or change --out")
-    for name, value in options.items():
-        if there[name] != value:
-            flag = f"--{name.replace('_', '-')} {value}"
-            fail(f"{flag}: {path} was made with {there[name]}: give that, or another --out")
+    if there["script"] != options["script"]:
+        fail(f"{path} is a checkpoint of {there['script']}.py: choose another --out")
+    wrong = [name for name in options if there[name] != options[name]]
+    if wrong:
+        given = ", ".join(option_flag(name, options[name]) for name in wrong)
+        made = ", ".join(option_flag(name, there[name]) for name in wrong)
+        fail(f"{given}: {path} was made with {made}: give that, or another --out")
     return state
 
 
-# ---- 7. Training
-def train(args):
-    device, out = init_distributed(), Path(args.out)
-    R, W = dist.get_rank(), dist.get_world_size()  # this process's number, of how many
-    free = ("out", "steps", "workers", "log_every", "save_every")  # may change between starts
-    options = {"script": "mae"} | {k: v for k, v in vars(args).items() if k not in free}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").touch()
-    except OSError as error:
-        fail(f"--out {out}: not writable ({error}): choose another folder")
-    state = load_checkpoint(out / "checkpoint.pt", options) or dict(step=0, recent=[], logged=0)
-    start, recent, logged = state["step"], state["recent"], state["logged"]
+# ---- Pictures
+def draw_views(groups, out, normalised):
+    """views.png: the first eight images as the network gets them, a row for each view.
 
-    images, labels = open_data(args.data, "train")
-    labels = next(iter(labels.values())).numpy()
-    if args.long_tail:
-        kept = long_tail(labels, args.long_tail, args.seed)
-        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
-        labels = labels[kept]
-        if R == 0:
-            print(f"--long-tail {args.long_tail}: {len(kept)} images are kept")
-    try:
-        share = dict(rank=R, world_size=W, seed=args.seed)
-        sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)
-    except ValueError as error:
-        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
-    epoch_steps = len(sampler)
-    steps, peak = args.epochs * epoch_steps, args.base_lr * args.batch_size / 256
-    stop = min(args.steps or steps, steps)
-
-    def stream():
-        for epoch in range(start // epoch_steps, -(-stop // epoch_steps)):
-            sampler.set_epoch(epoch)
-            batches = enumerate(sampler, epoch * epoch_steps)
-            yield from ((step, indices) for step, indices in batches if start <= step < stop)
-
-    groups = [(1, args.image_size, args.crop)]
-    views = CroppedViews(images, groups, args.flip, args.seed, R, W)
-    workers = 0 if torch.is_tensor(images) else os.cpu_count() // W
-    workers = workers if args.workers is None else args.workers
-    pin = device.type == "cuda"
-    loader = DataLoader(views, None, sampler=stream(), num_workers=workers, pin_memory=pin)
-
-    torch.manual_seed(args.seed)  # the same initial weights on every process
-    sizes = "image_size patch_size dim depth heads decoder_dim decoder_depth decoder_heads"
-    sizes = {name: getattr(args, name) for name in f"{sizes} norm_pix_loss".split()}
-    mae = MAE(**sizes).to(device)
-    optimizer = optimizer_of(mae, args.weight_decay)
-    parts = dict(mae=mae, optimizer=optimizer)
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
-    model = DistributedDataParallel(mae)
-
-    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=R > 0 or None)
-    if R == 0 and start < stop:
-        print(json.dumps(options), flush=True)
-        lines = log.read_bytes().splitlines(keepends=True)[:logged]
-        os.truncate(log, sum(map(len, lines)))  # drop what a killed run logged after its last save
-    terminated, clock, mark, now = [], time.time(), start, start
-    handler = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    for step, crops in zip(range(start, stop), loader):
-        if isinstance(crops, str):
-            bar.close()
-            fail(crops, everywhere=True)
-        images = normalise(crops[0][0].to(device).float() / 255, args.standardise)  # (B, 3, H, W)
-        B, N = len(images), (args.image_size // args.patch_size) ** 2
-        torch.manual_seed(hash((args.seed, step, 1)))
-        noise = torch.rand(B * W, N)[R * B :][:B].to(device)  # of the global batch, then cut
-        lr = learning_rate(step, int(args.warmup * epoch_steps), steps, peak, args.final_lr * peak)
-        inputs = model, optimizer, images, noise, lr
-        terms, pred, mask = mae_step(*inputs, args.mask_ratio, args.bf16)
-        recent.append(terms)
-        now, _ = step + 1, bar.update()
-        flag = torch.tensor(float(bool(terminated)))
-        dist.all_reduce(flag)
-        last = now == stop or flag > 0
-        if step == 0 and R == 0:
-            save_image(images[:8], out / "views.png", nrow=8, normalize=True, scale_each=True)
-        if not last and now % args.log_every and now % args.save_every:
-            continue
-        recent = torch.stack([x.to(device) for x in recent]) / W
-        dist.all_reduce(recent)  # terms are means over a process's images: now over all
-        recent = list(recent.cpu())
-        for number, values in enumerate(recent, now - len(recent) + 1):
-            if not values.isfinite().all():
-                bar.close()
-                fail(f"the loss is not finite at step {number}: lower --base-lr {args.base_lr}")
-        logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
-        if R == 0 and logs:
-            norm, loss = torch.stack(recent).mean(dim=0).tolist()
-            line = dict(step=now, epoch=step // epoch_steps, lr=lr, loss=loss, gradient_norm=norm)
-            line |= dict(images_per_second=(now - mark) * args.batch_size / (time.time() - clock))
-            with log.open("a") as file:
-                print(json.dumps(line), file=file)
-            bar.set_postfix({name: f"{line[name]:.3g}" for name in list(line)[3:]})
-        if now % args.log_every == 0:
-            recent, logged, clock, mark = [], logged + 1, time.time(), now
-        if R == 0 and saves:
-            saved = dict(options=options, step=now, recent=recent, logged=logged)
-            saved |= {name: part.state_dict() for name, part in parts.items()}
-            saved["encoder"] = encoder_state(mae)
-            torch.save(saved, out / "checkpoint.partial")  # renamed: a kill leaves no half file
-            os.replace(out / "checkpoint.partial", out / "checkpoint.pt")
-            shown = *(x[:8] for x in (images, pred, mask)), args.patch_size, args.norm_pix_loss
-            draw_reconstruction(*shown, out / "reconstruction.png")
-        if last:
-            break
-    bar.close()
-    signal.signal(signal.SIGTERM, handler)
-    dist.destroy_process_group()
+    groups: a (V, B, 3, H, W) for each size of view; smaller ones are enlarged."""
+    size = groups[0].shape[-2:]
+    rows = [F.interpolate(view[:8], size) for group in groups for view in group]
+    if rank() == 0:
+        options = dict(normalize=normalised, scale_each=normalised)
+        save_image(torch.cat(rows), out / "views.png", nrow=8, **options)
 
 
-def main(argv=None):
-    train(parse_args(argv))
+def draw_reconstruction(images, pred, mask, mae, out):
+    """reconstruction.png: images (B, 3, H, W); what the encoder sees of them; and that with the
+    prediction (B, N, 3 * p * p) where the mask (B, N) is 1, a row each.
+
+    Where the loss normalises patches, each gets its own mean and deviation back."""
+    if rank() > 0:
+        return
+    patches = patchify(images, mae.patch_size)
+    pred = pred.to(patches)
+    mask = mask[:, :, None]
+    if mae.norm_pix_loss:
+        mean, deviation = patch_statistics(patches)
+        pred = pred * deviation + mean
+    rows = [patches, patches * (1 - mask), torch.where(mask > 0, pred, patches)]
+    pictures = torch.cat([unpatchify(row, mae.patch_size) for row in rows])
+    limits = (images.min().item(), images.max().item())
+    path = out / "reconstruction.png"
+    save_image(pictures, path, nrow=len(images), normalize=True, value_range=limits)
 
 
 if __name__ == "__main__":

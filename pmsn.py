@@ -15,16 +15,19 @@ over sizes of clusters: a power law, for long-tailed data. With the uniform one 
     python pmsn.py --long-tail 1                                     plates, minutes on a laptop
     torchrun --nproc_per_node=8 pmsn.py --data INATURALIST --exponent 0.25
 
-Read the loss, MSN and the step in section 4, then train; sampler.py says what --k-classes does.
-In shapes: B images a process, V views, N patches, D width, K prototypes.
+Read on as far as the line "Plumbing": that is the whole method. sampler.py has the data, the prior
+and --k-classes. In shapes: B images in a process, V views, N patches, D width, K prototypes.
 """
 
 import argparse
+import collections
+import contextlib
 import copy
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -32,370 +35,245 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # idle threads sleep soon: 5x on a busy machine
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import KClassBatchSampler, long_tail, power_law_prior
+from sampler import IN_MEMORY, KClassBatchSampler, long_tail, open_data, open_prior
 
-# ---- 1. Hyper-parameters
-
-# Every entry is an option of its name. These are the study's: ViT-B/16, batch 1024, 300 epochs,
-# else the official code's defaults. Sizes in pixels, warm-up in epochs.
-PAPER = dict(
-    image_size=224, focal_size=96, patch_size=16, stem=[], dim=768, depth=12, heads=12,
-    hidden=2048, output=256, num_prototypes=1024,  # projector's layers, embedding, K
-    temperature=0.1, sharpen=0.25,  # sharpen: the targets' temperature, as a fraction
-    prior_weight=1.0, prior="power-law", exponent=0.25, sinkhorn=False,  # or uniform, file:PATH
-    rand_views=1, focal_views=10, patch_drop=0.3,  # anchors of each size; only rand views lose
-    rand_crop=[0.3, 1.0], focal_crop=[0.05, 0.3],  # fraction of the image's area
-    flip=0.5, grey=0.2, blur=0.5, solarise=0.0,  # probabilities
-    jitter=[0.4, 0.4, 0.4, 0.1],  # brightness, contrast, saturation, hue; with probability 0.8
-    blur_sigma=[0.1, 2.0], threshold=0.5,  # pixels; from which value on solarise inverts
-    noise=0.0,  # deviation, after normalisation
-    standardise=False,  # normalise by each view's own mean and deviation, not by ImageNet's
-    batch_size=1024, epochs=300, warmup=15.0, start_lr=2e-4, lr=1e-3, final_lr=1e-6,
-    weight_decay=[0.04, 0.4], ema=0.996, clip=3.0,  # first to last; rises to 1; gradient norm
-)  # fmt: skip
-SMALL = PAPER | dict(
-    image_size=32, focal_size=16, patch_size=8, stem=[16, 32, 64, 64, 96], dim=96, depth=2,
-    heads=3, hidden=512, output=128, num_prototypes=256, sinkhorn=True, rand_views=2, focal_views=0,
-    patch_drop=0.15, rand_crop=[0.35, 1.0], focal_crop=[0.1, 0.35], blur_sigma=[0.1, 0.7],
+# ---- 1. Recipe
+SMALL = dict(
+    image_size=32, focal_size=16, patch_size=8, stem=[16, 32, 64, 64, 96],
+    dim=96, depth=2, heads=3, hidden=512, output=128,
+    num_prototypes=256, sinkhorn=True,
+    rand_views=2, focal_views=0, patch_drop=0.15, rand_crop=[0.35, 1.0], focal_crop=[0.1, 0.35],
+    blur_sigma=[0.1, 0.7],
     batch_size=128, epochs=100, warmup=5.0, ema=0.99,
 )  # fmt: skip
+
+# Options have the study's values as defaults (ViT-B/16), or else the official code's; a recipe
+# replaces some.
 RECIPES = {
-    "paper": PAPER,
-    "vit-s16": PAPER | dict(dim=384, heads=6, patch_drop=0.15, epochs=800),
+    "paper": {},
+    "vit-s16": dict(dim=384, heads=6, patch_drop=0.15, epochs=800),
     "cifar10": SMALL | dict(focal_views=4),
     "cifar100": SMALL | dict(focal_views=4),
-    # MSN is content with a plate's grey level, polarity and place unless its views destroy them.
+    # MSN can solve plates by brightness, polarity or position, and does unless views hide them.
     "plates": SMALL | dict(
-        flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0, solarise=0.5,
-        threshold=0.0, noise=0.2, standardise=True, rand_crop=[0.6, 1.0], epochs=7, warmup=0.5,
-        ema=0.98,
+        rand_crop=[0.6, 1.0], flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0,
+        solarise=0.5, threshold=0.0, noise=0.2, standardise=True,
+        epochs=7, warmup=0.5, ema=0.98,
     ),
 }  # fmt: skip
 
 
-def fail(message, everywhere=False):
-    """Bad input: one line on stderr (process 0 speaks for all, unless `everywhere`), status 2."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.error = fail
-    p.add_argument("--data", default="plates", help="plates, cifar10, cifar100 or a folder")
-    p.add_argument("--k-classes", type=int, help="distinct classes in a batch (default: any)")
-    p.add_argument("--long-tail", type=float, default=0.0, help="keep k**-this of class k")
-    p.add_argument("--recipe", choices=RECIPES, help="default: the data's own; folders: paper")
-    p.add_argument("--steps", type=int, help="stop after so many steps in all (default: epochs)")
-    p.add_argument("--out", default="runs/pmsn", help="folder of checkpoint, log, pictures")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
-    p.add_argument("--log-every", type=int, default=50, help="steps")
-    p.add_argument("--save-every", type=int, default=500, help="steps")
-    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
-    for name, value in PAPER.items():
-        kind = dict(type=type(value))
-        if isinstance(value, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(value, list):
-            kind = dict(type=float, nargs=len(value)) if value else dict(type=int, nargs="*")
-        p.add_argument(f"--{name.replace('_', '-')}", help=f"paper: {value}", **kind)
-    args = p.parse_args(argv)
-    args.recipe = args.recipe or (args.data if args.data in RECIPES else "paper")
-    recipe = dict(RECIPES[args.recipe])
-    if (args.k_classes or 0) > recipe["batch_size"]:  # a batch that the user gave stays as it is
-        recipe["batch_size"] = -(-args.k_classes // 128) * 128
-        if args.batch_size is None and os.environ.get("RANK", "0") == "0":
-            print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
-    vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
-    shares = "patch_drop flip grey blur solarise threshold ema rand_crop focal_crop".split()
-    may_be_0 = "seed workers long_tail focal_views noise jitter warmup start_lr final_lr"
-    may_be_0 = f"{may_be_0} weight_decay prior_weight exponent".split() + shares
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
-            if number and not (0 < x <= limit or x == 0 and name in may_be_0):
-                fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
-    if args.batch_size < 2:
-        fail(f"--batch-size {args.batch_size}: BatchNorm needs at least 2")
-    sizes = f"--image-size {args.image_size}, --focal-size {args.focal_size}"
-    if args.image_size % args.patch_size or args.focal_views and args.focal_size % args.patch_size:
-        fail(f"--patch-size {args.patch_size} does not divide {sizes}: choose multiples of it")
-    if args.stem and 2 ** min(args.patch_size.bit_length() - 1, len(args.stem)) != args.patch_size:
-        fail(f"--stem {args.stem}: cannot halve down to --patch-size {args.patch_size}: add layers")
-    if args.dim % args.heads:
-        fail(f"--heads {args.heads} does not divide --dim {args.dim}: choose a divisor")
+    p = option_parser(__doc__, out="runs/pmsn", recipes=RECIPES)
+
+    g = p.add_argument_group("method")
+    g.add_argument("--num-prototypes", type=positive_int, default=1024, help="K")
+    g.add_argument("--temperature", type=positive, default=0.1, help="of the anchors' softmax")
+    g.add_argument("--sharpen", type=positive, default=0.25, help="targets: temperature times this")
+    g.add_argument("--prior-weight", type=nonnegative, default=1.0, help="of the prior's term")
+    g.add_argument("--prior", default="power-law", help="or uniform, or file:PATH of K weights")
+    g.add_argument("--exponent", type=nonnegative, default=0.25, help="of the power law")
+    g.add_argument("--sinkhorn", action=argparse.BooleanOptionalAction, default=False,
+                   help="balance the targets over prototypes")  # fmt: skip
+    g.add_argument("--ema", type=fraction, default=0.996, help="of the target at first; rises to 1")
+
+    g = p.add_argument_group("views")
+    g.add_argument("--image-size", type=positive_int, default=224, help="full-size views, pixels")
+    g.add_argument("--focal-size", type=positive_int, default=96, help="focal views, pixels")
+    g.add_argument("--rand-views", type=positive_int, default=1, help="full-size anchors per image")
+    g.add_argument("--focal-views", type=count, default=10, help="focal anchors per image")
+    g.add_argument("--patch-drop", type=fraction, default=0.3, help="of full-size anchors' patches")
+    g.add_argument("--rand-crop", type=fraction, nargs=2, default=[0.3, 1.0], help="area, from to")
+    g.add_argument(
+        "--focal-crop", type=fraction, nargs=2, default=[0.05, 0.3], help="area, from to"
+    )
+    g.add_argument("--flip", type=fraction, default=0.5, help="probability")
+    g.add_argument("--jitter", type=nonnegative, nargs=4, default=[0.4, 0.4, 0.4, 0.1],
+                   help="strength: brightness, contrast, saturation, hue")  # fmt: skip
+    g.add_argument("--grey", type=fraction, default=0.2, help="probability")
+    g.add_argument("--blur", type=fraction, default=0.5, help="probability")
+    g.add_argument("--blur-sigma", type=positive, nargs=2, default=[0.1, 2.0], help="pixels")
+    g.add_argument("--solarise", type=fraction, default=0.0, help="probability")
+    g.add_argument("--threshold", type=fraction, default=0.5, help="solarise inverts from here")
+    g.add_argument("--noise", type=nonnegative, default=0.0, help="deviation, after normalising")
+    g.add_argument("--standardise", action=argparse.BooleanOptionalAction, default=False,
+                   help="normalise by each view's own mean and deviation")  # fmt: skip
+
+    g = p.add_argument_group("model")
+    g.add_argument("--patch-size", type=positive_int, default=16, help="pixels")
+    g.add_argument("--stem", type=positive_int, nargs="*", default=[],
+                   help="channels of 3x3 convolutions that cut patches; none: ViT's")  # fmt: skip
+    g.add_argument("--dim", type=positive_int, default=768, help="width")
+    g.add_argument("--depth", type=positive_int, default=12, help="blocks")
+    g.add_argument("--heads", type=positive_int, default=12, help="of attention")
+    g.add_argument("--hidden", type=positive_int, default=2048, help="width of the projector")
+    g.add_argument("--output", type=positive_int, default=256, help="width of embeddings")
+
+    g = p.add_argument_group("optimiser: AdamW")
+    g.add_argument("--batch-size", type=two_or_more, default=1024, help="images, all processes")
+    g.add_argument("--epochs", type=positive_int, default=300, help="of the whole run")
+    g.add_argument("--warmup", type=nonnegative, default=15.0, help="epochs")
+    g.add_argument("--start-lr", type=nonnegative, default=2e-4, help="rate before the warm-up")
+    g.add_argument("--lr", type=positive, default=1e-3, help="rate after the warm-up")
+    g.add_argument("--final-lr", type=nonnegative, default=1e-6, help="rate at the horizon")
+    g.add_argument("--weight-decay", type=nonnegative, nargs=2, default=[0.04, 0.4], help="from to")
+    g.add_argument("--clip", type=positive, default=3.0, help="norm of the gradient")
+
+    args = parse_with_recipe(p, argv, RECIPES)
+    check_sizes(args)
     return args
 
 
-# ---- 2. Data and views
-def draw_plates(per_class, seed):
-    """Grey pictures of the numbers 000..999 over 0 to 3 discs -> images (N, 1, 32, 32) uint8, N =
-    1000 * per_class, and labels: number (N,), digits (N, 3), count of discs (N,), size bin (N,)."""
-    font, glyphs = ImageFont.load_default(size=35), []
-    for number in range(1000):
-        canvas = Image.new("L", (64, 64))
-        ImageDraw.Draw(canvas).text((32, 32), f"{number:03}", fill=255, font=font, anchor="mm")
-        glyphs.append(TF.pil_to_tensor(canvas) / 255)
-    glyphs, numbers = torch.stack(glyphs), torch.arange(1000).repeat_interleave(per_class)
-    N, rng = len(numbers), torch.Generator().manual_seed(seed)
-
-    def draw(low, high, *shape):
-        return low + (high - low) * torch.rand(N, *shape, generator=rng)
-
-    height, angle = draw(32, 38), draw(-8, 8).deg2rad()  # on a canvas of 64 pixels, halved below
-    shift = torch.stack([draw(-2, 2), draw(-3, 3)], dim=1) / 32
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(N, 2, 2)
-    turn = turn * (35 / height).view(N, 1, 1)
-    affine = torch.cat([turn, -turn @ shift[:, :, None]], dim=2)  # (N, 2, 3) picture -> glyph
-    count, centre = torch.randint(4, (N,), generator=rng), draw(0, 32, 2, 3, 1, 1)
-    radius, shade = draw(2.5, 6, 3, 1, 1), draw(0.12, 0.35, 3, 1, 1)
-    shade = shade * (torch.arange(3) < count[:, None]).view(N, 3, 1, 1)
-    light, dark, swap = draw(0.65, 1, 1, 1, 1), draw(0, 0.35, 1, 1, 1), draw(0, 1, 1, 1, 1) < 0.5
-    ink, ground = torch.where(swap, dark, light), torch.where(swap, light, dark)
-    pixel, images = torch.arange(32) + 0.5, []
-    for part in torch.arange(N).split(1000):  # bounds memory
-        distance = torch.hypot(pixel - centre[part, 0], pixel[:, None] - centre[part, 1])
-        discs = ((radius[part] - distance + 0.5).clamp(0, 1) * shade[part]).amax(1, keepdim=True)
-        grid = F.affine_grid(affine[part], discs.shape, align_corners=False)
-        number = F.grid_sample(glyphs[numbers[part]], grid, align_corners=False)
-        mixed = ground[part].lerp(ink[part], torch.maximum(number, discs))  # (1000, 1, 32, 32)
-        images.append((255 * mixed).round().byte())
-    digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], dim=1)
-    labels = dict(number=numbers, digits=digits, count=count, size=(height - 32).long() // 2)
-    return torch.cat(images), labels
+def check_sizes(args):
+    """Patches must tile the views, the stem must cut patches, heads must share the width."""
+    sizes = f"--image-size {args.image_size}, --focal-size {args.focal_size}"
+    used = [args.image_size] + [args.focal_size] * (args.focal_views > 0)
+    if any(size % args.patch_size for size in used):
+        fail(f"--patch-size {args.patch_size} does not divide {sizes}: choose multiples of it")
+    halvings = min(int(math.log2(args.patch_size)), len(args.stem))
+    if args.stem and 2**halvings != args.patch_size:
+        stem = option_flag("stem", args.stem)
+        fail(f"{stem}: cannot halve down to --patch-size {args.patch_size}: add layers")
+    if args.dim % args.heads:
+        fail(f"--heads {args.heads} does not divide --dim {args.dim}: choose a divisor")
 
 
-def open_data(data, split):
-    """-> images: uint8 (N, C, H, W), or N paths; labels: dict of N each, the class first."""
-    train, root = split == "train", Path(data)
-    if data == "plates":
-        return draw_plates(50 if train else 10, seed=0 if train else 1)
-    try:
-        if data in ("cifar10", "cifar100"):
-            source = (CIFAR10 if data == "cifar10" else CIFAR100)("data", train, download=True)
-            images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-            return images, {"class": torch.tensor(source.targets)}
-        if (root / f"{split}2018.json").is_file():  # iNaturalist 2018
-            listing = json.loads((root / f"{split}2018.json").read_text())
-            label = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
-            samples = [(root / item["file_name"], label[item["id"]]) for item in listing["images"]]
-        else:
-            samples = ImageFolder(root / split).samples
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        need = "a download or ./data" if "cifar" in data else f"{root / split}/CLASS/IMAGE"
-        fail(f"--data {data}: needs {need} ({type(error).__name__}: {str(error).splitlines()[0]})")
-    paths, labels = zip(*samples)
-    return list(map(str, paths)), {"class": torch.tensor(labels)}
+# ---- 2. Loss
+def log_assignment(z, prototypes, temperature):
+    """log softmax(cos(z, prototypes) / temperature): z (B, D), prototypes (K, D) -> (B, K).
+
+    Neither needs unit length. Computed in float32 (or 64), whatever autocast made of z."""
+    prototypes = F.normalize(prototypes)
+    cosine = F.normalize(z.to(prototypes)) @ prototypes.T
+    return (cosine / temperature).log_softmax(dim=1)
 
 
-def crop_batch(images, u, area, size, flip):
-    """RandomResizedCrop and flip of B square images at once, by bilinear sampling.
-
-    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box of
-    `area` (fraction of the image) and aspect 3/4 to 4/3 that fits -> (B, 3, size, size) uint8."""
-    share, aspect = area[0] + (area[1] - area[0]) * u[..., 0], (4 / 3) ** (2 * u[..., 1] - 1)
-    w, h = (share * aspect).sqrt(), (share / aspect).sqrt()  # (B, 10) fractions of the side
-    first = ((w <= 1) & (h <= 1)).int().argmax(dim=1, keepdim=True)
-    w, h = w.gather(1, first)[:, 0].clamp(max=1), h.gather(1, first)[:, 0].clamp(max=1)
-    x, y = (2 * u[:, 0, 2] - 1) * (1 - w), (2 * u[:, 0, 3] - 1) * (1 - h)  # centres in [-1, 1]
-    w, zero = torch.where(u[:, 1, 2] < flip, -w, w), torch.zeros_like(x)
-    affine = torch.stack([w, zero, x, zero, h, y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
-    crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    return crops.round().byte()
+def sinkhorn_balance(assignment, prior, rounds=3):
+    """Rescale soft assignments (B, K) so that every prototype has nearly its share of the prior
+    (K,) in the batch of all processes, and every image exactly mass 1. Rounds as official."""
+    for _ in range(rounds):
+        mass = all_reduce_mean(assignment.mean(dim=0))  # (K,), of each prototype
+        mass = mass.clamp(min=torch.finfo(mass.dtype).tiny)
+        assignment = assignment * (prior / mass).to(assignment)
+        assignment = assignment / assignment.sum(dim=1, keepdim=True)
+    return assignment
 
 
-class CroppedViews(Dataset):
-    """Item (step, indices): this process's share of a global batch, cropped and flipped. For each
-    (views, size, area) of `groups` uint8 (V, B, 3, size, size); or a message if a file fails."""
+def pmsn_loss(
+    anchors, targets, prototypes, prior, temperature=0.1, sharpen=0.25, prior_weight=1.0,
+    sinkhorn=False,
+):  # fmt: skip
+    """Eq. 1, any prior (K,). anchors (V*B, D), view-major; targets (B, D); prototypes (K, D).
 
-    def __init__(self, images, groups, flip, seed, rank, processes):
-        self.images, self.groups, self.flip = images, groups, flip
-        self.seed, self.rank, self.processes = seed, rank, processes
+    Returns (loss, cross_entropy, kl), in nats. cross_entropy is this process's mean, which DDP
+    averages; kl = KL(mean prediction || prior) >= 0 is over the anchors of all processes."""
+    tiny = torch.finfo(prototypes.dtype).tiny
+    prior = prior.to(prototypes.device).clamp(min=tiny)  # of 0 the divergence would be infinite
+    log_p = log_assignment(anchors, prototypes, temperature)  # (V*B, K)
 
-    def __getitem__(self, item):
-        step, indices = item
-        B, views = len(indices), []
-        first = self.rank * B  # numbers are drawn for the global batch, then cut
-        if torch.is_tensor(self.images):
-            images = self.images[indices].expand(-1, 3, -1, -1)
-            torch.manual_seed(hash((self.seed, step, 0)))
-            for V, size, area in self.groups:
-                u = torch.rand(V, B * self.processes, 10, 4)[:, first : first + B]
-                views.append(torch.stack([crop_batch(images, v, area, size, self.flip) for v in u]))
-            return views
-        for position, path in enumerate((self.images[i] for i in indices), first):
-            try:
-                image = read_image(path)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                return f"{path}: unreadable image ({error}): mend or remove it"
-            torch.manual_seed(hash((self.seed, step, 0, position)))
-            for V, size, area in self.groups:
-                crop, flip = v2.RandomResizedCrop(size, area), v2.RandomHorizontalFlip(self.flip)
-                views.append(torch.stack([flip(crop(image)) for _ in range(V)]))
-        return [torch.stack(views[g :: len(self.groups)], dim=1) for g in range(len(self.groups))]
+    with torch.no_grad():  # targets are labels; if they learnt, all would become the same
+        t = log_assignment(targets, prototypes, temperature * sharpen).exp()  # (B, K)
+        if sinkhorn:
+            t = sinkhorn_balance(t, prior)
+
+    log_p_views = log_p.unflatten(0, (-1, len(t)))  # (V, B, K)
+    cross_entropy = -(t * log_p_views).sum(dim=2).mean()  # one target for an image's V anchors
+
+    mean_p = all_reduce_mean(log_p.exp().mean(dim=0))  # (K,)
+    log_ratio = mean_p.clamp(min=tiny).log() - prior.log().to(mean_p)  # clamp: 0 log 0 = 0
+    kl = (mean_p * log_ratio).sum()
+    return cross_entropy + prior_weight * kl, cross_entropy, kl
 
 
-def read_image(path):
-    """A file of any mode and orientation -> (3, H, W) uint8."""
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        upright = upright.convert("RGBA") if "transparency" in image.info else upright
-        return TF.pil_to_tensor(upright.convert("RGB"))
-
-
-def adjust(image, kind, amount):
-    """torchvision's adjust_brightness, _contrast, _saturation, _hue (kind 0 to 3), each image of
-    (B, 3, H, W) in [0, 1] by its own amount (B,)."""
-    amount = amount.view(-1, 1, 1, 1)
-    if kind < 3:
-        grey = (image * image.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-        other = (torch.zeros_like(grey), grey.mean(dim=(2, 3), keepdim=True), grey)[kind]
-        return (other + amount * (image - other)).clamp(0, 1)
-    value, (r, g, b) = image.amax(1, keepdim=True), image.split(1, dim=1)
-    chroma = value - image.amin(1, keepdim=True)
-    other = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
-    sixth = torch.where(value == r, g - b, other)
-    k = sixth / chroma.clamp(min=1e-12) + 6 * amount + image.new_tensor([5, 3, 1]).view(3, 1, 1)
-    return value - chroma * torch.minimum(k % 6, 4 - k % 6).clamp(0, 1)  # HSV back to RGB
-
-
-def gaussian_blur(image, sigma, radius):
-    """Blur each of (B, 3, H, W) by its own sigma (B,), in pixels; 2 radius + 1 taps, reflected."""
-    taps = torch.arange(-radius, radius + 1, device=image.device)
-    weights = (-0.5 * (taps / sigma[:, None]).square()).softmax(dim=1)[:, :, None, None, None]
-    for dim, pad in (2, [0, 0, radius, radius]), (3, [radius, radius, 0, 0]):
-        padded, size = F.pad(image, pad, mode="reflect"), image.shape[dim]
-        image = sum(weights[:, i] * padded.narrow(dim, i, size) for i in range(len(taps)))
-    return image
-
-
-def photometry(views, u, jitter, grey, blur, blur_sigma, solarise, threshold):
-    """Colours of all views of one size in one call: uint8 (B, 3, H, W) -> float32 in [0, 1]. Each
-    image has its own uniform numbers u (B, 13), on the CPU, and order of the four jitters."""
-    image, device, order = views.float() / 255, views.device, u[:, 9:].argsort(dim=1)
-    for place, kind in itertools.product(range(4), range(4)):
-        if jitter[kind]:
-            i = ((order[:, place] == kind) & (u[:, 0] < 0.8)).nonzero()[:, 0]
-            shift = jitter[kind] * (2 * u[i, 1 + kind] - 1)
-            amount = (1 + shift).clamp(min=0) if kind < 3 else shift
-            i = i.to(device)
-            image[i] = adjust(image[i], kind, amount.to(device))
-    u = u.to(device)
-    if grey:
-        image = adjust(image, 2, (u[:, 5] >= grey).float())
-    if blur:
-        sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * u[:, 7]
-        sigma = torch.where(u[:, 6] < blur, sigma, 1e-3)  # so narrow that nothing changes
-        radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
-        image = gaussian_blur(image, sigma, radius)
-    inverted = (u[:, 8] < solarise).view(-1, 1, 1, 1) & (image >= threshold)
-    return torch.where(inverted, 1 - image, image)
-
-
-def normalise(image, standardise):
-    """(B, 3, H, W) in [0, 1] -> the network's input, by each image's own numbers or ImageNet's."""
-    if standardise:
-        deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
-        return (image - mean) / (deviation + 1e-3)
-    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-
-
-# ---- 3. Encoder
+# ---- 3. Model
 class Block(nn.Module):
     """Transformer block, pre-norm, with timm's parameter names: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim, heads):
         super().__init__()
-        self.heads, self.norm1, self.norm2 = heads, nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.attn["proj"](mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm of (B, D, ...) by the batch of all processes, on CPUs too, unlike SyncBatchNorm."""
-
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        x = x.to(self.weight)  # statistics of bfloat16 would be too coarse
-        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        mean = all_reduce_mean(x.mean(dims))
-        centred = x - mean.view(shape)
-        variance = all_reduce_mean(centred.square().mean(dims))
-        with torch.no_grad():
-            count = x.numel() // x.shape[1] * world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale.view(shape) + self.bias.view(shape)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
+        x = x + self.attn["proj"](mixed)
+        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))  # (B, N, 4D)
+        return x + self.mlp["fc2"](hidden)
 
 
 class VisionTransformer(nn.Module):
-    """ViT with timm's parameter names, without a classifier. images (B, 3, H, W), keep: indices of
-    the patches to use, None: all -> representations (B, D), the cls token after the final norm.
+    """ViT with timm's parameter names, without a classifier.
 
-    stem: channels of 3x3 convolutions with BatchNorm and ReLU, of which log2(patch_size), evenly
-    spread, have stride 2, then a 1x1 to dim; none: one convolution cuts the patches, as in ViT."""
+    images (B, 3, H, W) and keep, the indices of the patches to use (None: all)
+    -> representations (B, D): the cls token after the final norm."""
 
     def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, stem=()):
         super().__init__()
-        self.grid, layers, before = image_size // patch_size, [], 3
-        halvings = patch_size.bit_length() - 1
-        for i, channels in enumerate(stem):
-            stride = 1 + (i * halvings // len(stem) > (i - 1) * halvings // len(stem))
-            conv = nn.Conv2d(before, channels, 3, stride, padding=1, bias=False)
-            layers, before = layers + [conv, BatchNorm(channels), nn.ReLU()], channels
-        layers.append(nn.Conv2d(before, dim, *[1 if stem else patch_size] * 2))
-        self.patch_embed = nn.ModuleDict(dict(proj=nn.Sequential(*layers) if stem else layers[0]))
+        self.grid = image_size // patch_size
+        self.patch_embed = nn.ModuleDict(dict(proj=patch_projection(patch_size, dim, stem)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, dim))
         self.blocks = nn.Sequential(*[Block(dim, heads) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim, 1e-6)
-        for tensor in (self.cls_token, self.pos_embed):
-            nn.init.trunc_normal_(tensor, std=0.02)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.apply(initialise)
 
     def forward(self, images, keep=None):
-        x = self.patch_embed["proj"](images)  # (B, D, g, g)
+        x = self.patch_embed["proj"](images)  # (B, D, g, g), g: patches a side
+        cls_position, positions = self.positions(x.shape[-1])
+        x = x.flatten(2).transpose(1, 2) + positions  # (B, N, D), N = g * g
+        if keep is not None:
+            x = x[:, keep]
+        cls = (self.cls_token + cls_position).expand(len(x), -1, -1)  # (B, 1, D)
+        x = self.blocks(torch.cat([cls, x], dim=1))
+        return self.norm(x[:, 0])
+
+    def positions(self, grid):
+        """Of the cls token (1, 1, D), and of patches (1, N, D), interpolated for focal views."""
         cls, patches = self.pos_embed.split([1, self.grid**2], dim=1)
-        if x.shape[-1] != self.grid:  # focal views
+        if grid != self.grid:
             patches = patches.transpose(1, 2).unflatten(2, (self.grid, self.grid))
-            patches = F.interpolate(patches, size=x.shape[2:], mode="bicubic")
+            patches = F.interpolate(patches, size=(grid, grid), mode="bicubic")
             patches = patches.flatten(2).transpose(1, 2)
-        x = x.flatten(2).transpose(1, 2) + patches  # (B, N, D), N = g * g
-        x = x if keep is None else x[:, keep]
-        x = torch.cat([(self.cls_token + cls).expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
-        return self.norm(self.blocks(x)[:, 0])
+        return cls, patches
+
+
+def patch_projection(patch_size, dim, stem):
+    """Images (B, 3, H, W) -> patches (B, D, g, g): one convolution that cuts them, as in ViT.
+
+    With `stem`, channels of 3x3 convolutions with BatchNorm and ReLU: log2(patch_size) of them,
+    evenly spread, have stride 2, and a 1x1 convolution to D comes last."""
+    if not stem:
+        return nn.Conv2d(3, dim, patch_size, patch_size)
+    halvings = patch_size.bit_length() - 1
+    layers = []
+    before = 3
+    for i, channels in enumerate(stem):
+        halves = i * halvings // len(stem) > (i - 1) * halvings // len(stem)
+        stride = 2 if halves else 1
+        layers.append(nn.Conv2d(before, channels, 3, stride, padding=1, bias=False))
+        layers.append(BatchNorm(channels))
+        layers.append(nn.ReLU())
+        before = channels
+    return nn.Sequential(*layers, nn.Conv2d(before, dim, 1))
 
 
 def initialise(module):
@@ -409,159 +287,556 @@ def initialise(module):
             nn.init.zeros_(module.bias)
 
 
-# ---- 4. Method
-def open_prior(prior, exponent, num_prototypes):
-    """power-law, uniform, or file:PATH of K weights, text or .npy -> (K,) float64, sums to 1."""
-    if prior in ("power-law", "uniform"):
-        return power_law_prior(num_prototypes, exponent * (prior == "power-law"))
-    path = prior.removeprefix("file:")
-    try:
-        weights = np.load(path) if path.endswith(".npy") else Path(path).read_text().split()
-        weights = torch.from_numpy(np.array(weights, dtype=float)).reshape(num_prototypes)
-        if not (weights >= 0).all() or not 0 < weights.sum() < math.inf:
-            raise ValueError("negative, not finite or all 0")
-    except Exception as error:  # numpy raises many kinds
-        fail(f"--prior {prior} ({error}): give power-law, uniform or file:PATH of K weights >= 0")
-    return weights / weights.sum()
-
-
-def log_assignment(z, prototypes, temperature):
-    """log softmax(cos(z, prototypes) / temperature), of z (B, D) and prototypes (K, D), any lengths
-    -> (B, K), in float32 (or 64), whatever autocast made of z."""
-    prototypes = F.normalize(prototypes)
-    return (F.normalize(z.to(prototypes)) @ prototypes.T / temperature).log_softmax(dim=1)
-
-
-def pmsn_loss(anchors, targets, prototypes, prior, temperature=0.1, sharpen=0.25,
-              prior_weight=1.0, sinkhorn=False):  # fmt: skip
-    """Eq. 1 of MSN. anchors (V*B, D), view-major; targets (B, D); prototypes (K, D); any lengths.
-
-    -> (loss, cross_entropy, kl), in nats. cross_entropy is this process's mean, which DDP
-    averages; kl = KL(mean prediction || prior (K,)) >= 0 is over the anchors of all processes."""
-    tiny = torch.finfo(prototypes.dtype).tiny  # a prototype that nobody chose: 0 log 0 = 0
-    prior = prior.to(prototypes.device).clamp(min=tiny)  # of 0 the divergence would be infinite
-    log_p = log_assignment(anchors, prototypes, temperature)  # (V*B, K)
-    with torch.no_grad():  # targets are labels; were they trained, all would become the same
-        t = log_assignment(targets, prototypes, temperature * sharpen).exp()  # (B, K)
-        for _ in range(3 * sinkhorn):  # of the sharpened targets of all processes
-            mass = all_reduce_mean(t.mean(dim=0)).clamp(min=tiny)  # (K,)
-            t = t * (prior / mass).to(t)  # prototypes: mass as in the prior
-            t = t / t.sum(dim=1, keepdim=True)  # samples: mass 1 each
-    cross_entropy = -(t * log_p.unflatten(0, (-1, len(t)))).sum(dim=2).mean()
-    p_bar = all_reduce_mean(log_p.exp().mean(dim=0))  # (K,)
-    kl = (p_bar * (p_bar.clamp(min=tiny).log() - prior.log().to(p_bar))).sum()
-    return cross_entropy + prior_weight * kl, cross_entropy, kl
-
-
 class MSN(nn.Module):
     """Encoder and projector, which anchor and target have alike, and the prototypes, whose gradient
     DDP averages over processes like any other (the official code sums it)."""
 
     def __init__(self, encoder, dim, hidden, output, num_prototypes):
         super().__init__()
-        self.encoder, self.projector = encoder, nn.Sequential()
+        self.encoder = encoder
+        self.projector = nn.Sequential()
         for before in (dim, hidden):
             self.projector.extend([nn.Linear(before, hidden), BatchNorm(hidden), nn.GELU()])
-        self.projector.append(nn.Linear(hidden, output)).apply(initialise)
+        self.projector.append(nn.Linear(hidden, output))
+        self.projector.apply(initialise)
         bound = output**-0.5
         self.prototypes = nn.Parameter(torch.empty(num_prototypes, output).uniform_(-bound, bound))
 
-    def forward(self, groups, keep=None):
-        """groups: full-size and, if any, focal views, each (V*B, 3, H, W), view-major, one batch
-        for BatchNorm; `keep` is for the first only -> embeddings (all V*B, E), prototypes (K, E)"""
-        keeps = [keep] + [None] * (len(groups) - 1)
-        z = [self.projector(self.encoder(x, k)) for x, k in zip(groups, keeps)]
+    def forward(self, views, keep=None):
+        """views: full-size and, if any, focal ones, each (V*B, 3, H, W), view-major, one batch for
+        BatchNorm; keep: patches of the full-size ones, None: all.
+
+        Returns embeddings (all V*B, E) and prototypes (K, E)."""
+        full, *focal = views
+        z = [self.projector(self.encoder(full, keep))]
+        z += [self.projector(self.encoder(view)) for view in focal]
         return torch.cat(z), self.prototypes
 
 
-def pmsn_step(
-    model, target, optimizer, views, keep, lr, weight_decay, ema, clip, bf16=False, **loss_options
-):
-    """One step, in the official order: clip, step, move the target. views: the target view, then
-    groups of anchors -> (gradient norm, loss, its two terms); the mean prediction (K,) of this
-    process; the targets' embeddings."""
-    groups = optimizer.param_groups
-    groups[0]["weight_decay"] = weight_decay  # the other groups are not decayed
-    for group in groups:
-        group["lr"] = lr
-    with torch.autocast(views[0].device.type, torch.bfloat16, enabled=bf16):
-        with torch.no_grad():
-            targets, _ = target(views[:1])  # in training mode: BatchNorm by the batch, as official
-        anchors, prototypes = model(views[1:], keep)
-    loss, *terms = pmsn_loss(anchors, targets, prototypes, **loss_options)
-    with torch.no_grad():
-        usage = log_assignment(anchors, prototypes, loss_options["temperature"]).exp().mean(dim=0)
-    optimizer.zero_grad()
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(groups[0]["params"] + groups[1]["params"], clip)
-    optimizer.step()
-    with torch.no_grad():  # parameters only: the target's BatchNorm keeps statistics of its own
-        torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - ema)
-    return torch.stack([norm, loss, *terms]).detach(), usage, targets
-
-
-def draw_prototypes(prototypes, embeddings, pictures, path, rows=12, columns=10):
-    """Picture of prototypes (K, E), from the most to the least used, a row each, with the nearest
-    of pictures (M, 3, H, W) uint8, whose embeddings are (M, E)."""
-    similarity = F.normalize(prototypes) @ F.normalize(embeddings.to(prototypes)).T  # (K, M)
-    used = similarity.argmax(dim=0).bincount(minlength=len(prototypes)).argsort(descending=True)
-    chosen = used[torch.linspace(0, len(used) - 1, rows).long()]
-    nearest = similarity[chosen].topk(min(columns, len(pictures))).indices.cpu()
-    save_image(pictures[nearest.flatten()].float() / 255, path, nrow=nearest.shape[1])
-
-
-def draw_usage(usage, prior, kl, path):
-    """Picture. Left: use of the prototypes (K,), sorted (red), and the prior (black), by logarithm;
-    right: the divergence kl of the one from the other, a number for each line of the log."""
-    picture = Image.new("RGB", (840, 340), "white")
-    pen, floor = ImageDraw.Draw(picture), 0.01 / len(prior)
-    shares = [x.double().sort().values.flip(0).clamp(min=floor).log10() for x in (prior, usage)]
-    for left, title, curves in (
-        (10, "log10 of the share of each prototype, sorted: prior black, use red", shares),
-        (430, "KL(use || prior) over the run, nats", [torch.tensor(kl)]),
-    ):
-        low, high = min(y.min() for y in curves), max(y.max() for y in curves)
-        pen.text((left, 5), f"{title}; {low:.2f} to {high:.2f}", "black")
-        for y, colour in zip(curves, ("black", "red")):
-            y = 330 - 300 * (y - low) / (high - low).clamp(min=1e-9)
-            x = torch.linspace(left, left + 400, len(y))
-            pen.line(torch.stack([x, y], dim=1).flatten().tolist(), colour, 2)
-    picture.save(path)
-
-
-# ---- 5. Optimiser and schedules
+# ---- 4. Optimiser and schedules
 def parameter_groups(model):
     """For AdamW: weights (also cls token and positions), which decay; biases, norms; prototypes."""
     network = [*model.encoder.parameters(), *model.projector.parameters()]
-    weights, others = [p for p in network if p.ndim > 1], [p for p in network if p.ndim <= 1]
-    return [dict(params=g, weight_decay=0.0) for g in (weights, others, [model.prototypes])]
+    weights = [p for p in network if p.ndim > 1]
+    vectors = [p for p in network if p.ndim <= 1]
+    return [dict(params=p, weight_decay=0.0) for p in (weights, vectors, [model.prototypes])]
 
 
-def schedules(step, epoch_steps, epochs, warmup, start_lr, lr, final_lr, weight_decay, ema):
-    """lr, weight decay and EMA decay of update `step` (from 0). As in the official code all are
-    stretched to 1.25 times the run, and the first two step before the update."""
+def schedule(step, epoch_steps, args):
+    """Learning rate, weight decay and EMA of update `step` (from 0).
 
-    def cosine(step, steps, start, end):
-        return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
-
-    now, horizon, warmup = step + 1, int(1.25 * epochs * epoch_steps), int(warmup * epoch_steps)
-    rate = cosine(now - warmup, max(horizon - warmup, 1), lr, final_lr)
+    As in the official code all are stretched to 1.25 times the run, so that none reaches its end,
+    and the first two are advanced before the update."""
+    run_steps = args.epochs * epoch_steps
+    horizon = int(1.25 * run_steps)
+    warmup = int(args.warmup * epoch_steps)
+    now = step + 1
     if now < warmup:
-        rate = start_lr + (lr - start_lr) * now / warmup
-    decay = ema + (1 - ema) * step / (1.25 * epochs * epoch_steps)
-    return dict(lr=rate, weight_decay=cosine(now, horizon, *weight_decay), ema=decay)
+        lr = args.start_lr + (args.lr - args.start_lr) * now / warmup
+    else:
+        lr = cosine(args.lr, args.final_lr, now - warmup, max(horizon - warmup, 1))
+    return dict(
+        lr=lr,
+        weight_decay=cosine(*args.weight_decay, now, horizon),
+        ema=args.ema + (1 - args.ema) * step / (1.25 * run_steps),
+    )
 
 
-# ---- 6. Distributed, checkpoints
-def init_distributed():
-    """Join torchrun's process group, or be one of size one -> this process's device."""
+def cosine(start, end, step, steps):
+    """Half a cosine wave from start (step 0) to end (step `steps`)."""
+    return end + (start - end) * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+# ---- 5. Training
+def siamese_views(crops, args, device):
+    """Colour and normalise crops, uint8 (V, B, 3, H, W), and add noise: the network's inputs.
+
+    Random numbers are drawn for the batch of all processes, of which each takes its own part: the
+    result does not depend on the number of processes."""
+    V, B = crops.shape[:2]
+    u = torch.rand(V, B * world_size(), 13)[:, own_part(B)]
+    pixels = photometry(
+        crops.flatten(0, 1).to(device), u.flatten(0, 1), args.jitter, args.grey, args.blur,
+        args.blur_sigma, args.solarise, args.threshold,
+    )  # fmt: skip
+    pixels = normalise(pixels, args.standardise)
+    noise = torch.randn(V, B * world_size(), 1, *crops.shape[3:])[:, own_part(B)]
+    pixels = pixels + args.noise * noise.flatten(0, 1).to(device)
+    return pixels.unflatten(0, (V, B))
+
+
+def patches_to_keep(args):
+    """Random indices of the patches that full-size anchors keep, the same for all images."""
+    order = torch.randperm((args.image_size // args.patch_size) ** 2)
+    return order[: int(len(order) * (1 - args.patch_drop))]
+
+
+def pmsn_step(model, target, optimizer, target_view, anchor_views, keep, prior, rates, args):
+    """One update in the official order: clip, step, move the target.
+
+    target_view (B, 3, H, W); anchor_views: full-size and focal, (V*B, 3, H, W) each; keep: indices
+    of the patches that full-size anchors keep; rates: see schedule.
+    Returns metrics {name: tensor of this process} and the target's embeddings (B, E)."""
+    decayed, vectors, _ = optimizer.param_groups  # the third: prototypes
+    decayed["weight_decay"] = rates["weight_decay"]
+    for group in optimizer.param_groups:
+        group["lr"] = rates["lr"]
+
+    with torch.autocast(target_view.device.type, torch.bfloat16, enabled=args.bf16):
+        with torch.no_grad():
+            targets, _ = target([target_view])  # in training mode: BatchNorm by the batch
+        anchors, prototypes = model(anchor_views, keep)
+    loss, cross_entropy, kl = pmsn_loss(
+        anchors, targets, prototypes, prior, args.temperature, args.sharpen, args.prior_weight,
+        args.sinkhorn,
+    )  # fmt: skip
+    with torch.no_grad():  # before the update, for the log
+        usage = log_assignment(anchors, prototypes, args.temperature).exp().mean(dim=0)  # (K,)
+
+    optimizer.zero_grad()
+    loss.backward()
+    gradient_norm = nn.utils.clip_grad_norm_(decayed["params"] + vectors["params"], args.clip)
+    optimizer.step()
+    with torch.no_grad():  # parameters only: the target's BatchNorm has statistics of its own
+        torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - rates["ema"])
+
+    prior = prior.to(usage)
+    entropy = -(usage * prior.clamp(min=1e-38).log()).sum() - kl  # of the mean prediction
+    metrics = dict(
+        loss=loss,
+        cross_entropy=cross_entropy,
+        kl=kl,
+        entropy=entropy,
+        information=entropy - cross_entropy,  # of a prediction about its image; 0: collapse
+        gradient_norm=gradient_norm,
+        usage=usage,
+        prior=prior,
+    )
+    return metrics, targets
+
+
+def train(args, device):
+    """Train PMSN. Run continues, logs, saves and stops; the method is pmsn_step."""
+    try:
+        prior = open_prior(args.prior, args.exponent, args.num_prototypes)
+    except ValueError as error:
+        fail(f"--prior {error}")
+    run = Run("pmsn", args, device)
+    images, classes = training_set(args)
+    sampler = batch_sampler(classes, args)
+
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    encoder = VisionTransformer(
+        args.image_size, args.patch_size, args.dim, args.depth, args.heads, args.stem
+    )
+    anchor = MSN(encoder, args.dim, args.hidden, args.output, args.num_prototypes).to(device)
+    anchor = synchronise_batchnorm(anchor, device)
+    target = copy.deepcopy(anchor).requires_grad_(False)
+    optimizer = torch.optim.AdamW(parameter_groups(anchor), fused=True)
+    run.restore(sampler, msn=anchor, target=target, encoder=target.encoder, optimizer=optimizer)
+    model = DistributedDataParallel(anchor)
+
+    sizes = [(1 + args.rand_views, args.image_size, args.rand_crop)]  # the first is the target
+    if args.focal_views:
+        sizes.append((args.focal_views, args.focal_size, args.focal_crop))
+    dataset = CroppedViews(images, sizes, args)
+    shown = collections.deque(maxlen=1000 // (args.batch_size // world_size()) + 1)
+    for step, crops in run.steps(batch_loader(dataset, sampler, run, args)):
+        full, *focal = [siamese_views(size, args, device) for size in crops]  # (V, B, 3, H, W)
+        target_view = full[0]
+        anchor_views = [views.flatten(0, 1) for views in (full[1:], *focal)]
+        keep = patches_to_keep(args).to(device)
+        rates = schedule(step, len(sampler), args)
+        metrics, targets = pmsn_step(
+            model, target, optimizer, target_view, anchor_views, keep, prior, rates, args
+        )
+        if step == 0:
+            draw_views([full, *focal], run.out, normalised=True)
+        shown.append((crops[0][0], targets))
+        run.log(metrics, rates)
+        if run.saving:
+            draw_prototypes(anchor.prototypes.detach(), shown, run.out)
+            draw_prior(run.means["usage"], run.means["prior"], "kl", run.out)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with process_group() as device:
+        train(args, device)
+
+
+# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
+# ---- Options
+def fail(message, everywhere=False):
+    """Bad input: one line on stderr and exit status 2. Process 0 speaks for all, or `everywhere`
+    each for itself."""
+    if everywhere or os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def option_number(kind, text, low, high, expected):
+    """The number in `text`, an option's value. argparse turns the error into one line."""
+    try:
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text}: give {expected}")
+    return number
+
+
+def positive_int(text):
+    return option_number(int, text, low=1, high=2**63, expected="a whole number of at least 1")
+
+
+def two_or_more(text):
+    return option_number(int, text, low=2, high=2**63, expected="a whole number of at least 2")
+
+
+def count(text):
+    return option_number(int, text, low=0, high=2**63, expected="a whole number from 0 to 9.2e+18")
+
+
+def positive(text):
+    least = sys.float_info.min
+    return option_number(float, text, low=least, high=1e300, expected="a number above 0")
+
+
+def nonnegative(text):
+    return option_number(float, text, low=0, high=1e300, expected="a number of at least 0")
+
+
+def fraction(text):
+    return option_number(float, text, low=0, high=1, expected="a number from 0 to 1")
+
+
+def option_parser(doc, out, recipes):
+    """A parser with the options that all scripts share; `doc` is the script's docstring."""
+    p = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0],
+        epilog="Defaults are the paper's, for folders of images. --recipe replaces some of them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.error = lambda message: fail(re.sub(r"^argument (\S+): ", r"\1 ", message))
+    g = p.add_argument_group("run")
+    g.add_argument("--data", default="plates",
+                   help="plates, cifar10, cifar100 or a folder with train/CLASS/IMAGE")  # fmt: skip
+    g.add_argument("--recipe", choices=recipes, help="None: that of --data; folders: paper")
+    g.add_argument("--k-classes", type=positive_int,
+                   help="distinct classes in every batch; None: any; raises a recipe's batch "
+                        "size that cannot hold them")  # fmt: skip
+    g.add_argument("--long-tail", type=nonnegative, default=0.0,
+                   help="keep a share k^-LONG_TAIL of the images of class k")  # fmt: skip
+    g.add_argument("--steps", type=positive_int, help="updates in all; None: all of --epochs")
+    g.add_argument("--out", default=out, help="folder of checkpoint, log and pictures")
+    g.add_argument("--seed", type=count, default=0, help="of weights, batches and views")
+    g.add_argument("--workers", type=count,
+                   help="loader processes; None: a core each, 0 for data in memory")  # fmt: skip
+    g.add_argument("--log-every", type=positive_int, default=50, help="updates; fewer at first")
+    g.add_argument("--save-minutes", type=positive, default=5.0,
+                   help="between checkpoints; 1 for data in memory")  # fmt: skip
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                   default=torch.cuda.is_available(), help="autocast to bfloat16")  # fmt: skip
+    return p
+
+
+def parse_with_recipe(parser, argv, recipes):
+    """Parse twice: the recipe's values become the defaults of what the user leaves open."""
+    first, _ = parser.parse_known_args(argv)
+    name = first.recipe or (first.data if first.data in recipes else "paper")
+    parser.set_defaults(recipe=name, **recipes[name])
+    if first.data in IN_MEMORY:  # a run of minutes
+        parser.set_defaults(save_minutes=1.0)
+    batch_size = parser.get_default("batch_size")
+    if (first.k_classes or 0) > batch_size:
+        parser.set_defaults(batch_size=math.ceil(first.k_classes / 128) * 128)
+    return parser.parse_args(argv)
+
+
+def option_flag(name, value):
+    """An option as one types it."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None:
+        return f"no {flag}"
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-")
+    if isinstance(value, list):
+        return " ".join([flag, *map(str, value)])
+    return f"{flag} {value}"
+
+
+# ---- Data
+def training_set(args):
+    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), cut by --long-tail."""
+    try:
+        images, labels = open_data(args.data, "train")
+    except ValueError as error:
+        fail(f"--data {error}")
+    classes = next(iter(labels.values())).numpy()
+    if args.long_tail:
+        kept = long_tail(classes, args.long_tail, args.seed)
+        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
+        classes = classes[kept]
+    return images, classes
+
+
+def batch_sampler(classes, args):
+    """Batches of --k-classes classes, or of any."""
+    try:
+        return KClassBatchSampler(
+            classes,
+            args.batch_size,
+            args.k_classes,
+            rank=rank(),
+            world_size=world_size(),
+            seed=args.seed,
+        )
+    except ValueError as error:
+        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
+
+
+def batch_loader(dataset, sampler, run, args):
+    """The batches of the run's updates that are left, by loader processes if data are files."""
+
+    def items():
+        start = run.step
+        for epoch in range(start // len(sampler), math.ceil(run.last / len(sampler))):
+            sampler.set_epoch(epoch)
+            first = epoch * len(sampler)
+            batches = enumerate(sampler, first)  # (step, indices)
+            yield from itertools.islice(batches, max(start - first, 0), run.last - first)
+
+    workers = args.workers
+    if workers is None:
+        workers = 0 if torch.is_tensor(dataset.images) else os.cpu_count() // world_size()
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items(),
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def ignore_signals(worker):
+    """Loader processes go on while the run finishes its update; it ends them afterwards."""
+    for number in Run.STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class CroppedViews(Dataset):
+    """Crops of this process's share of a global batch, flipped at random.
+
+    Item (step, indices): for each (views, size, area) in `sizes` a uint8 (V, B, 3, size, size), in
+    a list; or a message if a file cannot be read. area: fraction of the image, from to. Random
+    numbers follow from seed, step and position in the batch of all processes."""
+
+    def __init__(self, images, sizes, args):
+        self.images = images
+        self.sizes = sizes
+        self.flip = args.flip
+        self.seed = args.seed
+        self.rank = rank()
+        self.world_size = world_size()
+
+    def __getitem__(self, item):
+        step, indices = item
+        first = self.rank * len(indices)  # of the batch of all processes
+        if torch.is_tensor(self.images):
+            return self.crop_tensors(step, indices, first)
+        try:
+            return self.crop_files(step, indices, first)
+        except UnreadableImage as error:
+            return str(error)
+
+    def crop_tensors(self, step, indices, first):
+        """All images at once."""
+        B = len(indices)
+        images = self.images[indices].expand(-1, 3, -1, -1)
+        torch.manual_seed(hash((self.seed, step, 0)))
+        views = []
+        for V, size, area in self.sizes:
+            u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
+            crops = [crop_batch(images, one, area, size, self.flip) for one in u]
+            views.append(torch.stack(crops))
+        return views
+
+    def crop_files(self, step, indices, first):
+        """One image after another: they differ in size."""
+        images = []
+        for position, index in enumerate(indices, first):
+            image = read_image(self.images[index])
+            torch.manual_seed(hash((self.seed, step, 0, position)))
+            images.append([self.crop_image(image, *size) for size in self.sizes])
+        return [torch.stack(views, dim=1) for views in zip(*images)]
+
+    def crop_image(self, image, V, size, area):
+        """V crops of an image (3, H, W) -> (V, 3, size, size)."""
+        crop = v2.RandomResizedCrop(size, area)
+        flip = v2.RandomHorizontalFlip(self.flip)
+        return torch.stack([flip(crop(image)) for _ in range(V)])
+
+
+def crop_batch(images, u, area, size, flip):
+    """RandomResizedCrop and flip of square images, all at once, by bilinear sampling.
+
+    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box that
+    fits, of `area` (fraction of the image) and aspect 3/4 to 4/3 -> (B, 3, size, size) uint8."""
+    share = area[0] + (area[1] - area[0]) * u[..., 0]  # (B, 10)
+    aspect = (4 / 3) ** (2 * u[..., 1] - 1)
+    widths = (share * aspect).sqrt()  # fractions of the image's side
+    heights = (share / aspect).sqrt()
+    fits = (widths <= 1) & (heights <= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)  # if none fits, the first, cut to the image
+    width = widths.gather(1, first)[:, 0].clamp(max=1)  # (B,)
+    height = heights.gather(1, first)[:, 0].clamp(max=1)
+    x = (2 * u[:, 0, 2] - 1) * (1 - width)  # the box's centre, in [-1, 1]
+    y = (2 * u[:, 0, 3] - 1) * (1 - height)
+    width = torch.where(u[:, 1, 2] < flip, -width, width)
+    zero = torch.zeros_like(x)
+    affine = torch.stack([width, zero, x, zero, height, y], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
+    crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    return crops.round().byte()
+
+
+class UnreadableImage(Exception):
+    """Its text names the file, the reason and the remedy."""
+
+
+def read_image(path):
+    """An image file of any mode and orientation -> (3, H, W) uint8. Raises UnreadableImage."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in image.info:
+                upright = upright.convert("RGBA")
+            return TF.pil_to_tensor(upright.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{path}: unreadable image ({error}): fix or remove it") from None
+
+
+# ---- Colours
+def photometry(views, u, jitter, grey, blur, blur_sigma, solarise, threshold):
+    """Random colours of a batch of views: uint8 (B, 3, H, W) -> float32 in [0, 1].
+
+    u (B, 13), uniform, on the CPU: 0 whether to jitter, 1 to 4 by how much, 5 whether grey, 6
+    whether blurred, 7 how much, 8 whether solarised, 9 to 12 the order of the four jitters. Equal
+    to torchvision's functions with the same parameters, image by image."""
+    image = jitter_colours(
+        views.float() / 255,
+        strengths=jitter,
+        chosen=u[:, 0] < 0.8,
+        amounts=u[:, 1:5],
+        order=u[:, 9:].argsort(dim=1),
+    )
+    u = u.to(views.device)
+    if grey:
+        keeps_colour = (u[:, 5] >= grey).float()
+        image = adjust_saturation(image, keeps_colour.view(-1, 1, 1, 1))
+    if blur:
+        sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * u[:, 7]
+        sigma = torch.where(u[:, 6] < blur, sigma, 1e-3)  # so narrow that nothing changes
+        radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
+        image = gaussian_blur(image, sigma, radius)
+    inverts = (u[:, 8] < solarise).view(-1, 1, 1, 1)
+    return torch.where(inverts & (image >= threshold), 1 - image, image)
+
+
+def jitter_colours(image, strengths, chosen, amounts, order):
+    """Brightness, contrast, saturation, hue of `chosen` (B,) images, each in its own order.
+
+    image (B, 3, H, W) in [0, 1], changed in place; strengths: of the four kinds; amounts (B, 4),
+    uniform; order (B, 4): the kind that comes first, second, ..."""
+    kinds = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
+    for place, (kind, adjust) in itertools.product(range(4), enumerate(kinds)):
+        if strengths[kind] == 0:
+            continue
+        now = (chosen & (order[:, place] == kind)).nonzero()[:, 0]
+        amount = strengths[kind] * (2 * amounts[now, kind] - 1)
+        if adjust is not adjust_hue:
+            amount = (1 + amount).clamp(min=0)  # a factor
+        now = now.to(image.device)
+        image[now] = adjust(image[now], amount.to(image.device).view(-1, 1, 1, 1))
+    return image
+
+
+def adjust_brightness(image, factor):
+    return blend(torch.zeros_like(image), image, factor)
+
+
+def adjust_contrast(image, factor):
+    return blend(greyscale(image).mean(dim=(2, 3), keepdim=True), image, factor)
+
+
+def adjust_saturation(image, factor):
+    return blend(greyscale(image), image, factor)
+
+
+def blend(start, end, factor):
+    """From start (factor 0) to end (factor 1) and beyond, cut to [0, 1]."""
+    return (start + factor * (end - start)).clamp(0, 1)
+
+
+def greyscale(image):
+    """(B, 3, H, W) -> (B, 1, H, W), with torchvision's weights."""
+    weights = image.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
+    return (image * weights).sum(dim=1, keepdim=True)
+
+
+def adjust_hue(image, shift):
+    """Turn the hue by `shift`, a fraction of the circle, through HSV and back."""
+    value = image.amax(dim=1, keepdim=True)
+    chroma = value - image.amin(dim=1, keepdim=True)
+    r, g, b = image.split(1, dim=1)
+    sixth = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
+    sixth = torch.where(value == r, g - b, sixth)  # hue x chroma, in sixths of the circle
+    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1)
+    k = (sixth / chroma.clamp(min=1e-12) + 6 * shift + channel) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(image, sigma, radius):
+    """Blur each of (B, 3, H, W) by its own sigma (B,), pixels; 2 radius + 1 taps, reflected."""
+    taps = torch.arange(-radius, radius + 1, device=image.device)
+    weights = (-0.5 * (taps / sigma[:, None]).square()).softmax(dim=1)[:, :, None, None, None]
+    for dim, padding in ((2, [0, 0, radius, radius]), (3, [radius, radius, 0, 0])):
+        padded = F.pad(image, padding, mode="reflect")
+        size = image.shape[dim]
+        image = sum(weights[:, i] * padded.narrow(dim, i, size) for i in range(len(taps)))
+    return image
+
+
+def normalise(image, standardise):
+    """(B, 3, H, W) in [0, 1] -> the network's input, by each image's own numbers or ImageNet's."""
+    if standardise:
+        deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
+        return (image - mean) / (deviation + 1e-3)
+    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+# ---- Processes
+@contextlib.contextmanager
+def process_group():
+    """Join torchrun's processes, or be a group of one; leave it at the end, whatever happens.
+
+    Yields this process's device. One process is a world of size one: there is no other path."""
+    cuda = torch.cuda.is_available()
     device = torch.device("cpu")
-    if cuda := torch.cuda.is_available():
+    if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    return device
+    handlers = {number: signal.getsignal(number) for number in Run.STOPS}
+    try:
+        yield device
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        dist.destroy_process_group()
 
 
 def world_size():
@@ -570,6 +845,11 @@ def world_size():
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_part(B):
+    """Where this process's B images are in the batch of all processes."""
+    return slice(rank() * B, (rank() + 1) * B)
 
 
 class AllReduceMean(torch.autograd.Function):
@@ -588,166 +868,352 @@ class AllReduceMean(torch.autograd.Function):
         return AllReduceMean.apply(gradient)
 
 
-all_reduce_mean = AllReduceMean.apply
+def all_reduce_mean(x):
+    """Mean over processes, with a gradient."""
+    return AllReduceMean.apply(x)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of (B, D, ...) by the batch of all processes, on CPUs too, unlike SyncBatchNorm."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        x = x.to(self.weight)  # statistics of bfloat16 would be too coarse
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        mean = all_reduce_mean(x.mean(dims))  # (D,)
+        centred = x - mean.view(shape)
+        variance = all_reduce_mean(centred.square().mean(dims))
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(shape) + self.bias.view(shape)
+
+
+def synchronise_batchnorm(model, device):
+    """On GPUs torch's SyncBatchNorm takes BatchNorm's place: the same statistics, fused."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+# ---- A run in its folder
+class Run:
+    """A run's folder: where the run continues, its log, its checkpoints, and when it stops.
+
+    run = Run("simclr", args, device)
+    run.restore(sampler, simclr=model, optimizer=optimizer)
+    for step, batch in run.steps(loader):
+        run.log(metrics, rates)
+    """
+
+    STOPS = (signal.SIGINT, signal.SIGTERM)
+    MAY_CHANGE = ("out", "steps", "workers", "log_every", "save_minutes")  # when it continues
+    FIRST_LINES = (1, 2, 5, 10, 20)  # steps that are logged besides every --log-every
+    COLLAPSED = dict(information=0.02, embedding_std=0.02, target_std=0.02)  # below this
+
+    def __init__(self, script, args, device):
+        self.script = script
+        self.args = args
+        self.device = device
+        self.out = Path(args.out)
+        self.checkpoint = self.out / "checkpoint.pt"
+        kept = {name: x for name, x in vars(args).items() if name not in self.MAY_CHANGE}
+        self.options = {"script": script} | kept
+        self.state = load_checkpoint(self.checkpoint, self.options)
+        self.step = self.state.get("step", 0)  # updates made
+        self.metrics = []  # of the updates since the last line of the log
+        self.means = {}  # of these, at the last line or checkpoint
+        self.received = 0  # the number of the signal that this process got
+        self.received_time = 0.0
+        self.stop_signal = 0  # of any process: all stop
+        self.saving = False
+        self.lines_collapsed = 0
+
+    def restore(self, sampler, **parts):
+        """Load the parts from the checkpoint, if there is one; print what the run will do.
+
+        Later checkpoints hold the same parts. The first is the network."""
+        self.parts = parts
+        self.epoch_steps = len(sampler)
+        self.horizon = self.args.epochs * self.epoch_steps
+        self.last = min(self.args.steps or self.horizon, self.horizon)
+        for name, part in parts.items():
+            if name in self.state:
+                part.load_state_dict(self.state[name])
+        self.state = {}
+        steps = torch.tensor([self.step, -self.step])
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            fail(f"--out {self.out}: not all processes see the same checkpoint: share the folder")
+        if rank() == 0:
+            self.open_folder()
+            print(self.plan(sampler), flush=True)
+
+    def open_folder(self):
+        """Make the folder and cut off what a killed run logged after its last checkpoint."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            options = {"script": self.script} | vars(self.args)
+            (self.out / "options.json").write_text(json.dumps(options, indent=1) + "\n")
+            log = self.out / "log.jsonl"
+            log.touch()
+            os.truncate(log, self.saved_log_size(log.read_bytes()))
+        except OSError as error:
+            fail(f"--out {self.out}: not writable ({error}): choose another folder")
+
+    def saved_log_size(self, log):
+        """Bytes of the lines, whole ones, of updates that the checkpoint has."""
+        size = 0
+        for line in log.splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > self.step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            size += len(line)
+        return size
+
+    def plan(self, sampler):
+        """One line: what will happen."""
+        args = self.args
+        network = next(iter(self.parts.values()))
+        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        images = f"{len(sampler.labels):,} images of {len(sampler.sizes):,} classes"
+        tail = f" (--long-tail {args.long_tail})" if args.long_tail else ""
+        classes = f"K = {args.k_classes} classes each" if args.k_classes else "any classes"
+        steps = f"{self.horizon:,} steps"
+        if self.last < self.horizon:
+            steps += f", of which --steps {self.last}"
+        start = f"continues after step {self.step:,}" if self.step else "new"
+        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
+        return (
+            f"{self.script}: {args.data}{tail}, {images}; batches of {args.batch_size:,}, "
+            f"{classes}; {args.epochs} epochs, {steps}; "
+            f"{parameters:,} parameters; {self.device}, {processes}; {self.out}, {start}"
+        )
+
+    def steps(self, loader):
+        """Yield (step, batch) of the updates that are left. Save on the way and at the end.
+
+        Ctrl-C and SIGTERM end it after the present update, with exit status 130 or 143."""
+        for number in self.STOPS:
+            signal.signal(number, self.stop_soon)
+        self.start_time = self.save_time = self.line_time = time.time()
+        self.line_step = self.step
+        hidden = None if rank() == 0 else True  # None: unless it is a terminal
+        self.bar = tqdm(total=self.last, initial=self.step, unit="step", disable=hidden)
+        for batch in loader:
+            if isinstance(batch, str):  # what a loader process could not read
+                self.fail(batch, everywhere=True)
+            torch.manual_seed(hash((self.args.seed, self.step, 1)))  # the same after a restart
+            yield self.step, batch
+            if self.saving:
+                self.save()
+            if self.stop_signal and self.step < self.last:
+                self.bar.close()
+                if rank() == 0:
+                    print(f"stopped after step {self.step} of {self.last}, saved in "
+                          f"{self.checkpoint}; the same command continues")  # fmt: skip
+                sys.exit(128 + self.stop_signal)
+        self.bar.close()
+        if rank() == 0:
+            minutes, seconds = divmod(round(time.time() - self.start_time), 60)
+            print(f"{self.step} of {self.horizon} steps, {minutes} min {seconds} s: "
+                  f"{self.checkpoint}\nnext: python linear_eval.py {self.checkpoint}")  # fmt: skip
+
+    def stop_soon(self, number, _):
+        """Stop after this update. A second signal stops at once, if it is not an echo of the first:
+        `timeout` sends SIGTERM to the process, then to its whole group."""
+        now = time.time()
+        if self.received == 0:
+            self.received = number
+            self.received_time = now
+        elif now - self.received_time > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def log(self, metrics, rates):
+        """Count an update, and write a line of the log if it is time.
+
+        metrics {name: tensor}: the line has their means over updates since the last line and over
+        processes; of a vector it has the deciles. rates {name: number}: the line has the last."""
+        self.step += 1
+        self.bar.update()
+        self.metrics.append({name: x.detach() for name, x in metrics.items()})
+        self.agree()
+        ends = self.step == self.last or self.stop_signal > 0
+        self.saving = self.saving or ends
+        early = self.step in self.FIRST_LINES and self.step < self.args.log_every
+        due = ends or early or self.step % self.args.log_every == 0
+        if not due and not self.saving:
+            return  # not even .item(), which would wait for the GPU
+        self.means = self.average_metrics()
+        if due:
+            self.write_line(rates)
+
+    def agree(self):
+        """A signal to one process stops all; the clock of process 0 says when to save."""
+        elapsed = time.time() - self.save_time
+        save = rank() == 0 and elapsed > 60 * self.args.save_minutes
+        wishes = torch.tensor([self.received, int(save)])
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.stop_signal = wishes[0].item()
+        self.saving = wishes[1].item() > 0
+
+    def average_metrics(self):
+        """{name: mean}; a value that is not finite ends the run before a checkpoint has it."""
+        means = {}
+        for name in self.metrics[0]:
+            values = torch.stack([row[name] for row in self.metrics]).double()  # (updates, ...)
+            dist.all_reduce(values)
+            values = values.cpu() / world_size()
+            finite = values.reshape(len(values), -1).isfinite().all(dim=1)
+            if not finite.all():
+                step = self.step - len(finite) + 1 + finite.int().argmin().item()
+                lr = "base_lr" if "base_lr" in self.options else "lr"
+                flag = option_flag(lr, self.options[lr])
+                self.fail(f"{name} is not finite at step {step}: lower {flag}")
+            means[name] = values.mean(dim=0)
+        return means
+
+    def write_line(self, rates):
+        """Append to log.jsonl; show the loss in the bar, or the line if there is no terminal."""
+        now = time.time()
+        updates = self.step - self.line_step
+        line = dict(step=self.step, epoch=(self.step - 1) // self.epoch_steps) | rates
+        for name, mean in self.means.items():
+            line[name] = mean.item() if mean.ndim == 0 else deciles(mean)
+        line["images_per_second"] = updates * self.args.batch_size / (now - self.line_time)
+        self.metrics = []
+        self.line_step = self.step
+        self.line_time = now
+        if rank() > 0:
+            return
+        with (self.out / "log.jsonl").open("a") as file:
+            print(json.dumps(line), file=file)
+        numbers = {name: f"{x:.4g}" for name, x in line.items() if not isinstance(x, list)}
+        self.bar.set_postfix(loss=numbers["loss"])
+        if self.bar.disable:
+            print(" ".join(f"{name} {x}" for name, x in numbers.items()), flush=True)
+        self.warn_of_collapse(line)
+
+    def warn_of_collapse(self, line):
+        """After the warm-up, once, when all images have looked the same for five lines."""
+        indicator = next((name for name in self.COLLAPSED if name in line), None)
+        if indicator is None or line["step"] < self.args.warmup * self.epoch_steps:
+            return
+        collapsed = line[indicator] < self.COLLAPSED[indicator]
+        self.lines_collapsed = self.lines_collapsed + 1 if collapsed else 0
+        if self.lines_collapsed == 5:
+            self.bar.write(
+                f"warning: collapse: {indicator} is {line[indicator]:.2g}, so all images look "
+                "the same to the network: lower the learning rate"
+            )
+
+    def save(self):
+        """Write the checkpoint under another name, then rename it: a kill leaves no half file."""
+        self.save_time = time.time()
+        if rank() == 0:
+            state = dict(options=self.options, step=self.step)
+            for name, part in self.parts.items():
+                state[name] = part.state_dict()
+            torch.save(state, self.out / "checkpoint.partial")
+            os.replace(self.out / "checkpoint.partial", self.checkpoint)
+
+    def fail(self, message, everywhere=False):
+        self.bar.close()  # the message gets a line of its own
+        fail(message, everywhere)
+
+
+def deciles(values):
+    """Eleven of the values (K,), at even ranks from the largest to the smallest, as numbers."""
+    ranks = torch.linspace(0, len(values) - 1, 11).long()
+    chosen = values.sort(descending=True).values[ranks]
+    return [float(f"{x:.3g}") for x in chosen]
 
 
 def load_checkpoint(path, options):
-    """The state at `path`, None if there is none; refuses what does not belong to this run."""
+    """The state at `path`, {} if there is none; refuses what does not belong to this run."""
     if not path.exists():
-        return None
+        return {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         there = {name: state["options"].get(name) for name in options}
     except Exception as error:  # torch raises many kinds for damaged files
         fail(f"{path} is damaged or foreign ({type(error).__name__}): move it or change --out")
-    for name, value in options.items():
-        if there[name] != value:
-            flag = f"--{name.replace('_', '-')} {value}"
-            fail(f"{flag}: {path} was made with {there[name]}: give that, or another --out")
+    if there["script"] != options["script"]:
+        fail(f"{path} is a checkpoint of {there['script']}.py: choose another --out")
+    wrong = [name for name in options if there[name] != options[name]]
+    if wrong:
+        given = ", ".join(option_flag(name, options[name]) for name in wrong)
+        made = ", ".join(option_flag(name, there[name]) for name in wrong)
+        fail(f"{given}: {path} was made with {made}: give that, or another --out")
     return state
 
 
-# ---- 7. Training
-def train(args):
-    def pick(names):
-        return {name: getattr(args, name) for name in names.split()}
+# ---- Pictures
+def draw_views(groups, out, normalised):
+    """views.png: the first eight images as the network gets them, a row for each view.
 
-    device, W, out = init_distributed(), world_size(), Path(args.out)
-    prior = open_prior(args.prior, args.exponent, args.num_prototypes)
-    free = ("out", "steps", "workers", "log_every", "save_every")  # may change between starts
-    options = {"script": "pmsn"} | {k: v for k, v in vars(args).items() if k not in free}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").touch()
-    except OSError as error:
-        fail(f"--out {out}: not writable ({error}): choose another folder")
-    state = load_checkpoint(out / "checkpoint.pt", options) or dict(step=0, recent=[], logged=0)
-    start, recent, logged = state["step"], state["recent"], state["logged"]
-
-    images, labels = open_data(args.data, "train")
-    labels = next(iter(labels.values())).numpy()
-    if args.long_tail:
-        kept = long_tail(labels, args.long_tail, args.seed)
-        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
-        labels = labels[kept]
-        if rank() == 0:
-            print(f"--long-tail {args.long_tail}: {len(kept)} images are kept")
-    try:
-        share = dict(rank=rank(), world_size=W, seed=args.seed)
-        sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)
-    except ValueError as error:
-        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
-    epoch_steps = len(sampler)
-    stop = min(args.steps or math.inf, args.epochs * epoch_steps)
-
-    def stream():
-        for epoch in range(start // epoch_steps, -(-stop // epoch_steps)):
-            sampler.set_epoch(epoch)
-            batches = enumerate(sampler, epoch * epoch_steps)
-            yield from ((step, indices) for step, indices in batches if start <= step < stop)
-
-    groups = [(1 + args.rand_views, args.image_size, args.rand_crop)]
-    groups += [(args.focal_views, args.focal_size, args.focal_crop)] * (args.focal_views > 0)
-    views = CroppedViews(images, groups, args.flip, args.seed, rank(), W)
-    workers = 0 if torch.is_tensor(images) else os.cpu_count() // W
-    workers = workers if args.workers is None else args.workers
-    pin = device.type == "cuda"
-    loader = DataLoader(views, None, sampler=stream(), num_workers=workers, pin_memory=pin)
-
-    torch.manual_seed(args.seed)  # the same initial weights on every process
-    encoder = VisionTransformer(**pick("image_size patch_size dim depth heads stem"))
-    msn = MSN(encoder, **pick("dim hidden output num_prototypes")).to(device)
-    target = copy.deepcopy(msn).requires_grad_(False)
-    optimizer = torch.optim.AdamW(parameter_groups(msn), fused=True)
-    parts = dict(msn=msn, target=target, encoder=target.encoder, optimizer=optimizer)
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
-    model = DistributedDataParallel(msn)
-
-    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank() > 0 or None)
-    if rank() == 0 and start < stop:
-        print(json.dumps(options), flush=True)
-        lines = log.read_bytes().splitlines(keepends=True)[:logged]
-        os.truncate(log, sum(map(len, lines)))  # drop what a killed run logged after its last save
-    terminated, seen, quiet, clock, mark, now = [], [], 0, time.time(), start, start
-    handler = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    for step, crops in zip(range(start, stop), loader):
-        if isinstance(crops, str):
-            bar.close()
-            fail(crops, everywhere=True)
-        inputs, B = [], crops[0].shape[1]
-        torch.manual_seed(hash((args.seed, step, 1)))
-        for crop in crops:  # (V, B, 3, H, W); numbers are drawn for the global batch, then cut
-            u = torch.rand(len(crop), B * W, 13)
-            noise = args.noise * torch.randn(len(crop), B * W, 1, *crop.shape[3:])
-            u, noise = (x[:, rank() * B :][:, :B].flatten(0, 1) for x in (u, noise))
-            colours = pick("jitter grey blur blur_sigma solarise threshold")
-            pixels = photometry(crop.flatten(0, 1).to(device), u, **colours)
-            inputs.append(normalise(pixels, args.standardise) + noise.to(device))
-        inputs[:1] = inputs[0][:B], inputs[0][B:]  # the first view is the target
-        keep = torch.randperm((args.image_size // args.patch_size) ** 2)  # one for all images
-        keep = keep[: int(len(keep) * (1 - args.patch_drop))].to(device)
-        rates = pick("epochs warmup start_lr lr final_lr weight_decay ema")
-        rates = schedules(step, epoch_steps, **rates)
-        chosen = pick("clip bf16 temperature sharpen prior_weight sinkhorn") | dict(prior=prior)
-        result = pmsn_step(model, target, optimizer, inputs, keep, **rates, **chosen)
-        recent = [*recent, torch.cat(result[:2])]
-        seen = [*seen, (result[2], crops[0][0])][-(1000 // B + 1) :]
-        now, _ = step + 1, bar.update()
-        flag = torch.tensor(float(bool(terminated)))
-        dist.all_reduce(flag)
-        last = now == stop or flag > 0
-        if step == 0 and rank() == 0:
-            rows = [F.interpolate(v[:8], inputs[0].shape[2:]) for x in inputs for v in x.split(B)]
-            save_image(torch.cat(rows), out / "views.png", nrow=8, normalize=True, scale_each=True)
-        if not last and now % args.log_every and now % args.save_every:
-            continue
-        recent = list(all_reduce_mean(torch.stack([x.to(device) for x in recent])).cpu())
-        for number, values in enumerate(recent, now - len(recent) + 1):
-            if not values.isfinite().all():
-                bar.close()
-                fail(f"the loss is not finite at step {number}: lower --lr {args.lr}")
-        logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
-        means = torch.stack(recent).double().mean(dim=0)
-        (norm, loss, cross_entropy, kl), usage = means[:4].tolist(), means[4:]
-        if rank() == 0 and logs:
-            entropy = -kl - (usage @ prior.clamp(min=1e-38).log()).item()  # of the mean prediction
-            line = dict(step=now, epoch=step // epoch_steps) | rates | dict(loss=loss)
-            line |= dict(cross_entropy=cross_entropy, kl=kl, entropy=entropy)
-            # What predictions tell of their image, in nats: 0 in either kind of collapse.
-            line |= dict(information=entropy - cross_entropy, gradient_norm=norm)
-            line |= dict(images_per_second=(now - mark) * args.batch_size / (time.time() - clock))
-            bar.set_postfix({name: f"{line[name]:.3g}" for name in list(line)[5:]})
-            ranks = torch.linspace(0, args.num_prototypes - 1, 11).long()  # deciles
-            for name, share in dict(usage=usage, prior=prior).items():
-                share = share.sort(descending=True).values[ranks]
-                line[name] = [float(f"{x:.3g}") for x in share]
-            with log.open("a") as file:
-                print(json.dumps(line), file=file)
-            told = line["information"] > 0.02 or now < args.warmup * epoch_steps
-            quiet = 0 if told else quiet + 1
-            if quiet == 5:
-                bar.write("warning: collapse: predictions are the same for all images; lower --lr")
-        if now % args.log_every == 0:
-            recent, logged, clock, mark = [], logged + 1, time.time(), now
-        if rank() == 0 and saves:
-            saved = dict(options=options, step=now, recent=recent, logged=logged)
-            saved |= {name: part.state_dict() for name, part in parts.items()}
-            torch.save(saved, out / "checkpoint.partial")  # renamed: a kill leaves no half file
-            os.replace(out / "checkpoint.partial", out / "checkpoint.pt")
-            embeddings, pictures = map(torch.cat, zip(*seen))
-            draw_prototypes(msn.prototypes.detach(), embeddings, pictures, out / "prototypes.png")
-            history = [json.loads(line)["kl"] for line in log.read_text().splitlines()]
-            draw_usage(usage, prior, [*history, kl], out / "prior.png")
-        if last:
-            break
-    bar.close()
-    signal.signal(signal.SIGTERM, handler)
-    dist.destroy_process_group()
+    groups: a (V, B, 3, H, W) for each size of view; smaller ones are enlarged."""
+    size = groups[0].shape[-2:]
+    rows = [F.interpolate(view[:8], size) for group in groups for view in group]
+    if rank() == 0:
+        options = dict(normalize=normalised, scale_each=normalised)
+        save_image(torch.cat(rows), out / "views.png", nrow=8, **options)
 
 
-def main(argv=None):
-    train(parse_args(argv))
+def draw_prototypes(prototypes, shown, out, rows=12, columns=10):
+    """prototypes.png: a row for each of `rows` prototypes (K, E), from the most used to the least,
+    with the nearest of the images lately shown, whose embeddings the target has made.
+
+    shown: pairs of crops (B, 3, H, W) uint8 and embeddings (B, E)."""
+    if rank() > 0:
+        return
+    crops = torch.cat([crop for crop, _ in shown])  # (M, 3, H, W)
+    embeddings = torch.cat([embedding for _, embedding in shown]).to(prototypes)  # (M, E)
+    similarity = F.normalize(prototypes) @ F.normalize(embeddings).T  # (K, M)
+    images_each = similarity.argmax(dim=0).bincount(minlength=len(prototypes))
+    by_use = images_each.argsort(descending=True)
+    chosen = by_use[torch.linspace(0, len(by_use) - 1, rows).long()]
+    nearest = similarity[chosen].topk(min(columns, len(crops))).indices.cpu()
+    pictures = crops[nearest.flatten()].float() / 255
+    save_image(pictures, out / "prototypes.png", nrow=nearest.shape[1])
+
+
+def draw_prior(usage, prior, divergence, out):
+    """prior.png. Left: log10 of the shares of prototypes, sorted, of the mean prediction `usage`
+    (K,), red, and of the prior (K,), black. Right: the log's `divergence` of the two over time."""
+    if rank() > 0:
+        return
+    lines = (out / "log.jsonl").read_text().splitlines()
+    history = torch.tensor([json.loads(line)[divergence] for line in lines])
+    shares = [x.sort(descending=True).values for x in (prior, usage)]
+    shares = [x.clamp(min=0.01 / len(prior)).log10() for x in shares]
+    picture = Image.new("RGB", (840, 340), "white")
+    pen = ImageDraw.Draw(picture)
+    draw_curves(pen, 10, "log10 of prototypes' shares, sorted: prior black, use red", shares)
+    draw_curves(pen, 430, "KL(use || prior) over the run, nats", [history])
+    picture.save(out / "prior.png")
+
+
+def draw_curves(pen, left, title, curves):
+    """One or two curves, 400 pixels wide, on one scale, the first black, the second red."""
+    low = min(y.min() for y in curves)
+    high = max(y.max() for y in curves)
+    pen.text((left, 5), f"{title}; {low:.2f} to {high:.2f}", "black")
+    for y, colour in zip(curves, ("black", "red")):
+        y = 330 - 300 * (y - low) / (high - low).clamp(min=1e-9)
+        x = torch.linspace(left, left + 400, len(y))
+        pen.line(torch.stack([x, y], dim=1).flatten().tolist(), colour, 2)
 
 
 if __name__ == "__main__":

@@ -16,15 +16,17 @@ clusters are of equal size (arXiv 2210.07277).
     python vicreg.py                                                    plates, minutes on a laptop
     torchrun --nproc_per_node=8 vicreg.py --data IMAGENET --k-classes 960    (or 8: imbalanced)
 
-Read vicreg_loss, then VICReg and vicreg_step, then train; sampler.py says what --k-classes does.
-In shapes: B images a process, N of all W processes, D width.
+Read on as far as the line "Plumbing": that is the whole method. sampler.py has the data and
+--k-classes. In shapes: B images in a process, N in all W processes, D width.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -35,267 +37,650 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # idle threads sleep soon: 5x o
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision import models
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import KClassBatchSampler, long_tail
+from sampler import IN_MEMORY, KClassBatchSampler, long_tail, open_data
 
-# ---- 1. Hyper-parameters
+# ---- 1. Recipe
+CIFAR = dict(
+    arch="resnet18", image_size=32, hidden=512, output=512,
+    blur=[0.0, 0.0],
+    batch_size=512, epochs=100, base_lr=0.3,
+)  # fmt: skip
 
-# Every entry is an option of its name. These are the official code's, and the study's 300 epochs.
-PAPER = dict(
-    arch="resnet50", image_size=224, hidden=8192, output=8192,  # of the expander
-    sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0,
-    crop=[0.08, 1.0],  # fraction of the image's area
-    flip=0.5, grey=0.2, blur=[1.0, 0.1], solarise=[0.0, 0.2],  # probabilities, in pairs a view
-    jitter=[0.4, 0.4, 0.2, 0.1],  # brightness, contrast, saturation, hue; with probability 0.8
-    blur_sigma=[0.1, 2.0], threshold=0.5,  # pixels; from which value on solarise inverts
-    standardise=False,  # normalise by each view's own mean and deviation, not by ImageNet's
-    batch_size=2048, epochs=300, warmup=10.0,  # of all processes; warm-up in epochs
-    base_lr=0.2, final_lr=0.001,  # for a batch of 256; fraction of the peak
-    weight_decay=1e-6, momentum=0.9, trust=0.001,
-)  # fmt: skip
-CIFAR = PAPER | dict(
-    arch="resnet18", image_size=32, hidden=512, output=512, blur=[0.0, 0.0], batch_size=512,
-    epochs=100, base_lr=0.3,
-)  # fmt: skip
+# Options have the official code's values as defaults, and the study's 300 epochs; a recipe
+# replaces some.
 RECIPES = {
-    "paper": PAPER,
+    "paper": {},
     "cifar10": CIFAR,
     "cifar100": CIFAR,
-    "plates": PAPER | dict(
-        arch="small", image_size=32, hidden=512, output=512, crop=[0.6, 1.0], flip=0.0, grey=0.0,
-        blur=[0.0, 0.0], solarise=[0.5, 0.5], threshold=0.0, jitter=[0.8, 0.8, 0.0, 0.0],
-        cov_coeff=4.0, batch_size=1024, epochs=7, warmup=0.3, base_lr=0.25, trust=0.01,
+    "plates": dict(
+        arch="small", image_size=32, hidden=512, output=512,
+        cov_coeff=4.0,
+        crop=[0.6, 1.0], flip=0.0, grey=0.0, blur=[0.0, 0.0], jitter=[0.8, 0.8, 0.0, 0.0],
+        solarise=[0.5, 0.5], threshold=0.0,
+        batch_size=1024, epochs=7, warmup=0.3, base_lr=0.25, trust=0.01,
     ),
 }  # fmt: skip
+ARCHITECTURES = dict(resnet50=models.resnet50, resnet18=models.resnet18)
 
 
+def parse_args(argv=None):
+    p = option_parser(__doc__, out="runs/vicreg", recipes=RECIPES)
+
+    g = p.add_argument_group("method")
+    g.add_argument("--sim-coeff", type=nonnegative, default=25.0, help="of invariance")
+    g.add_argument("--std-coeff", type=nonnegative, default=25.0, help="of variance")
+    g.add_argument("--cov-coeff", type=nonnegative, default=1.0, help="of covariance")
+
+    g = p.add_argument_group("views")
+    g.add_argument("--image-size", type=positive_int, default=224, help="pixels")
+    g.add_argument("--crop", type=fraction, nargs=2, default=[0.08, 1.0], help="area, from to")
+    g.add_argument("--flip", type=fraction, default=0.5, help="probability")
+    g.add_argument("--jitter", type=nonnegative, nargs=4, default=[0.4, 0.4, 0.2, 0.1],
+                   help="strength: brightness, contrast, saturation, hue")  # fmt: skip
+    g.add_argument("--grey", type=fraction, default=0.2, help="probability")
+    g.add_argument("--blur", type=fraction, nargs=2, default=[1.0, 0.1],
+                   help="probability in the first view and in the second")  # fmt: skip
+    g.add_argument("--blur-sigma", type=positive, nargs=2, default=[0.1, 2.0], help="pixels")
+    g.add_argument("--solarise", type=fraction, nargs=2, default=[0.0, 0.2],
+                   help="probability in the first view and in the second")  # fmt: skip
+    g.add_argument("--threshold", type=fraction, default=0.5, help="solarise inverts from here")
+    g.add_argument("--standardise", action=argparse.BooleanOptionalAction, default=False,
+                   help="normalise by each view's own mean and deviation")  # fmt: skip
+
+    g = p.add_argument_group("model")
+    g.add_argument("--arch", choices=[*ARCHITECTURES, "small"], default="resnet50", help="encoder")
+    g.add_argument("--hidden", type=positive_int, default=8192, help="width of the expander")
+    g.add_argument("--output", type=positive_int, default=8192, help="width of embeddings")
+
+    g = p.add_argument_group("optimiser: LARS")
+    g.add_argument("--batch-size", type=two_or_more, default=2048, help="images, all processes")
+    g.add_argument("--epochs", type=positive_int, default=300, help="until the rate is --final-lr")
+    g.add_argument("--warmup", type=nonnegative, default=10.0, help="epochs")
+    g.add_argument("--base-lr", type=positive, default=0.2, help="peak rate for a batch of 256")
+    g.add_argument("--final-lr", type=nonnegative, default=0.001, help="fraction of the peak rate")
+    g.add_argument("--weight-decay", type=nonnegative, default=1e-6, help="of weights")
+    g.add_argument("--momentum", type=fraction, default=0.9, help="of LARS")
+    g.add_argument("--trust", type=positive, default=0.001, help="of LARS: step by weight norm")
+    return parse_with_recipe(p, argv, RECIPES)
+
+
+# ---- 2. Loss
+def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
+    """Eq. 6. Embeddings of two views, z1 and z2 (B, D).
+
+    Returns (loss, invariance, variance, covariance), the three terms before their coefficients.
+    Invariance is this process's mean, which DDP averages, over images and dimensions (official
+    code); the others are of the batch of all processes."""
+    dtype = torch.promote_types(z1.dtype, torch.float32)
+    z1 = z1.to(dtype)
+    z2 = z2.to(dtype)
+    invariance = F.mse_loss(z1, z2)
+    variance1, covariance1 = variance_and_covariance(z1)
+    variance2, covariance2 = variance_and_covariance(z2)
+    variance = variance1 / 2 + variance2 / 2
+    covariance = covariance1 + covariance2
+    loss = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
+    return loss, invariance, variance, covariance
+
+
+def variance_and_covariance(z):
+    """v(Z), Eq. 1, and c(Z), Eq. 4: two scalars of the embeddings z (B, D) of all processes.
+
+    v: how much deviations fall short of 1. c: squared covariances of different dimensions, / D."""
+    N = len(z) * world_size()
+    z = z - all_reduce_mean(z.mean(dim=0))
+    variances = all_reduce_mean(z.square().mean(dim=0)) * N / (N - 1)  # (D,), unbiased
+    deviations = (variances + 1e-4).sqrt()  # 1e-4: at 0 the gradient would be infinite
+    v = F.relu(1 - deviations).mean()
+
+    # The sum of squares of Z'Z (D, D) is that of ZZ' (N, N), of which a process needs its rows.
+    gram = z @ gather(z).T  # (B, N)
+    squares = all_reduce_mean(gram.square().sum() * world_size()) / (N - 1) ** 2
+    c = (squares - variances.square().sum()) / z.shape[1]  # without the diagonal
+    return v, c
+
+
+# ---- 3. Model
+def resnet(arch, image_size):
+    """torchvision's ResNet without its classifier: images (B, 3, H, W) -> representations (B, D).
+
+    Returns the network and D. The last scale of every residual block is 0 at first. For images of
+    up to 32 pixels the stem neither strides nor pools, as in SimCLR's official code."""
+    if arch == "small":
+        return small_network([3, 16, 32, 64, 64, 128]), 128
+    network = ARCHITECTURES[arch](zero_init_residual=True, norm_layer=BatchNorm)
+    dim = network.fc.in_features
+    network.fc = nn.Identity()
+    if image_size <= 32:
+        network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
+        network.maxpool = nn.Identity()
+    return network, dim
+
+
+def small_network(widths):
+    """Convolutions of these widths, every other one with stride 2, and their mean over pixels."""
+    layers = []
+    for i, (before, after) in enumerate(itertools.pairwise(widths)):
+        stride = 2 - i % 2
+        layers.append(nn.Conv2d(before, after, 3, stride, padding=1, bias=False))
+        layers.append(BatchNorm(after))
+        layers.append(nn.ReLU())
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class VICReg(nn.Module):
+    """Encoder and expander: Linear, BatchNorm, ReLU, twice, then Linear without bias."""
+
+    def __init__(self, encoder, dim, hidden, output):
+        super().__init__()
+        self.encoder = encoder
+        self.expander = nn.Sequential()
+        for before in (dim, hidden):
+            self.expander.extend([nn.Linear(before, hidden), BatchNorm(hidden), nn.ReLU()])
+        self.expander.append(nn.Linear(hidden, output, bias=False))
+
+    def forward(self, view1, view2):
+        """Two views (B, 3, H, W), each a batch of its own for BatchNorm -> embeddings (B, D)."""
+        z1 = self.expander(self.encoder(view1))
+        z2 = self.expander(self.encoder(view2))
+        return z1, z2
+
+
+# ---- 4. Optimiser and schedule
+class LARS(torch.optim.Optimizer):
+    """SGD with momentum in which the step of a weight tensor w, of gradient g, is scaled by
+    trust |w| / |g + weight_decay w|. Biases and norms (one dimension) are not scaled or decayed.
+
+    lr_in_buffer: momentum sums lr x gradient (SimCLR), else gradients (VICReg): they differ while
+    the rate changes."""
+
+    def __init__(self, params, lr, weight_decay, momentum=0.9, trust=0.001, lr_in_buffer=False):
+        options = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
+        super().__init__(params, options | dict(lr_in_buffer=lr_in_buffer))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            vectors = [p for p in params if p.ndim <= 1]
+            weights = [p for p in params if p.ndim > 1]
+            steps = [p.grad for p in vectors]
+            if weights:
+                steps += self.scaled_gradients(weights, group["weight_decay"], group["trust"])
+            params = vectors + weights
+            for p in params:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in params]
+
+            torch._foreach_mul_(buffers, group["momentum"])
+            if group["lr_in_buffer"]:
+                torch._foreach_add_(buffers, steps, alpha=group["lr"])
+                torch._foreach_sub_(params, buffers)
+            else:
+                torch._foreach_add_(buffers, steps)
+                torch._foreach_add_(params, buffers, alpha=-group["lr"])
+
+    @staticmethod
+    def scaled_gradients(weights, weight_decay, trust):
+        """Gradients with decay, times trust |w| / |gradient|; unscaled where either norm is 0."""
+        gradients = torch._foreach_add([p.grad for p in weights], weights, alpha=weight_decay)
+        weight_norms = torch.stack(torch._foreach_norm(weights))
+        gradient_norms = torch.stack(torch._foreach_norm(gradients))
+        ratios = trust * weight_norms / gradient_norms
+        ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)
+        return torch._foreach_mul(gradients, [*ratios])
+
+
+def schedule(step, epoch_steps, args):
+    """Learning rate of update `step` (from 0): a peak in proportion to the batch size."""
+    peak = args.base_lr * args.batch_size / 256
+    lr = warmup_cosine(
+        step,
+        warmup=int(args.warmup * epoch_steps),
+        steps=args.epochs * epoch_steps,
+        peak=peak,
+        final=args.final_lr * peak,
+    )
+    return dict(lr=lr)
+
+
+def warmup_cosine(step, warmup, steps, peak, final):
+    """From 0 at step 0 straight up to `peak` at `warmup`, then half a cosine wave to `final`."""
+    if step < warmup:
+        return peak * step / warmup
+    progress = min((step - warmup) / max(steps - warmup, 1), 1)
+    return final + (peak - final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# ---- 5. Training
+def vicreg_views(crops, args, device):
+    """Colour each view with its own probabilities, and normalise. uint8 (2, B, 3, H, W) -> two
+    float32 (B, 3, H, W).
+
+    Random numbers are drawn for the batch of all processes, of which each takes its own part: the
+    result does not depend on the number of processes."""
+    V, B = crops.shape[:2]
+    u = torch.rand(V, B * world_size(), 13)[:, own_part(B)]
+    views = []
+    for view, numbers, blur, solarise in zip(crops.to(device), u, args.blur, args.solarise):
+        pixels = photometry(
+            view, numbers, args.jitter, args.grey, blur, args.blur_sigma, solarise, args.threshold
+        )
+        views.append(normalise(pixels, args.standardise))
+    return views
+
+
+def vicreg_step(model, optimizer, view1, view2, lr, args):
+    """One update on two views of the images (B, 3, H, W).
+
+    Returns metrics {name: scalar tensor of this process}. `variance` shows a collapse: it is 1 if
+    all embeddings are the same, 0 if every dimension's deviation is at least 1."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+    with torch.autocast(view1.device.type, torch.bfloat16, enabled=args.bf16):
+        z1, z2 = model(view1, view2)  # (B, D) each
+    loss, invariance, variance, covariance = vicreg_loss(
+        z1, z2, args.sim_coeff, args.std_coeff, args.cov_coeff
+    )
+
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return dict(loss=loss, invariance=invariance, variance=variance, covariance=covariance)
+
+
+def train(args, device):
+    """Train VICReg. Run continues, logs, saves and stops; the method is vicreg_step."""
+    run = Run("vicreg", args, device)
+    images, classes = training_set(args)
+    sampler = batch_sampler(classes, args)
+
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    encoder, dim = resnet(args.arch, args.image_size)
+    vicreg = VICReg(encoder, dim, args.hidden, args.output)
+    vicreg = synchronise_batchnorm(vicreg, device)
+    vicreg.to(device, memory_format=torch.channels_last)  # faster on CPUs and GPUs
+    optimizer = LARS(
+        vicreg.parameters(),
+        lr=0.0,  # set at every update
+        weight_decay=args.weight_decay,
+        momentum=args.momentum,
+        trust=args.trust,
+    )
+    run.restore(sampler, vicreg=vicreg, encoder=encoder, optimizer=optimizer)
+    model = DistributedDataParallel(vicreg)
+
+    dataset = CroppedViews(images, [(2, args.image_size, args.crop)], args)
+    for step, (crops,) in run.steps(batch_loader(dataset, sampler, run, args)):
+        view1, view2 = vicreg_views(crops, args, device)
+        rates = schedule(step, len(sampler), args)
+        metrics = vicreg_step(model, optimizer, view1, view2, rates["lr"], args)
+        if step == 0:
+            draw_views([torch.stack([view1, view2])], run.out, normalised=True)
+        run.log(metrics, rates)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with process_group() as device:
+        train(args, device)
+
+
+# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
+# ---- Options
 def fail(message, everywhere=False):
-    """Bad input: one line on stderr (process 0 speaks for all, unless `everywhere`), status 2."""
+    """Bad input: one line on stderr and exit status 2. Process 0 speaks for all, or `everywhere`
+    each for itself."""
     if everywhere or os.environ.get("RANK", "0") == "0":
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
-def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.error = fail
-    p.add_argument("--data", default="plates", help="plates, cifar10, cifar100 or a folder")
-    p.add_argument("--k-classes", type=int, help="distinct classes in a batch (default: any)")
-    p.add_argument("--long-tail", type=float, default=0.0, help="keep k**-this of class k")
-    p.add_argument("--recipe", choices=RECIPES, help="default: the data's own; folders: paper")
-    p.add_argument("--steps", type=int, help="stop after so many steps in all (default: epochs)")
-    p.add_argument("--out", default="runs/vicreg", help="folder of checkpoint.pt, log.jsonl, views")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--workers", type=int, help="loader processes (default: 0 for data in memory)")
-    p.add_argument("--log-every", type=int, default=50, help="steps")
-    p.add_argument("--save-every", type=int, default=500, help="steps")
-    bf16 = dict(action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    p.add_argument("--bf16", help="autocast (default: on GPUs; pays on new CPUs, too)", **bf16)
-    for name, value in PAPER.items():
-        kind = dict(type=type(value))
-        if isinstance(value, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(value, list):
-            kind = dict(type=float, nargs=len(value))
-        if name == "arch":
-            kind = dict(choices=ARCHITECTURES)
-        p.add_argument(f"--{name.replace('_', '-')}", help=f"paper: {value}", **kind)
-    args = p.parse_args(argv)
-    args.recipe = args.recipe or (args.data if args.data in RECIPES else "paper")
-    recipe = dict(RECIPES[args.recipe])
-    if (args.k_classes or 0) > recipe["batch_size"]:  # a batch that the user gave stays as it is
-        recipe["batch_size"] = -(-args.k_classes // 128) * 128
-        if args.batch_size is None and os.environ.get("RANK", "0") == "0":
-            print(f"batch size raised to {recipe['batch_size']} to hold {args.k_classes} classes")
-    vars(args).update({k: v for k, v in recipe.items() if getattr(args, k) is None})
-    shares = "flip grey blur solarise threshold momentum crop".split()
-    may_be_0 = "seed workers long_tail jitter warmup final_lr weight_decay sim_coeff std_coeff"
-    may_be_0 = f"{may_be_0} cov_coeff".split() + shares
-    for name, value in vars(args).items():
-        for x in value if isinstance(value, list) else [value]:
-            limit = 1 if name in shares else 2**63 if name == "seed" else sys.float_info.max
-            number, low = type(x) in (int, float), "from" if name in may_be_0 else "above"
-            if number and not (0 < x <= limit or x == 0 and name in may_be_0):
-                fail(f"--{name.replace('_', '-')} {x}: give a number {low} 0 to {limit:.2g}")
-    if args.batch_size < 2:
-        fail(f"--batch-size {args.batch_size}: BatchNorm needs at least 2")
-    return args
-
-
-# ---- 2. Data and views
-def draw_plates(per_class, seed):
-    """Grey pictures of the numbers 000..999 over 0 to 3 discs -> images (N, 1, 32, 32) uint8, N =
-    1000 * per_class, and labels: number (N,), digits (N, 3), count of discs (N,), size bin (N,)."""
-    font, glyphs = ImageFont.load_default(size=35), []
-    for number in range(1000):
-        canvas = Image.new("L", (64, 64))
-        ImageDraw.Draw(canvas).text((32, 32), f"{number:03}", fill=255, font=font, anchor="mm")
-        glyphs.append(TF.pil_to_tensor(canvas) / 255)
-    glyphs, numbers = torch.stack(glyphs), torch.arange(1000).repeat_interleave(per_class)
-    N, rng = len(numbers), torch.Generator().manual_seed(seed)
-
-    def draw(low, high, *shape):
-        return low + (high - low) * torch.rand(N, *shape, generator=rng)
-
-    height, angle = draw(32, 38), draw(-8, 8).deg2rad()  # on a canvas of 64 pixels, halved below
-    shift = torch.stack([draw(-2, 2), draw(-3, 3)], dim=1) / 32
-    turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(N, 2, 2)
-    turn = turn * (35 / height).view(N, 1, 1)
-    affine = torch.cat([turn, -turn @ shift[:, :, None]], dim=2)  # (N, 2, 3) picture -> glyph
-    count, centre = torch.randint(4, (N,), generator=rng), draw(0, 32, 2, 3, 1, 1)
-    radius, shade = draw(2.5, 6, 3, 1, 1), draw(0.12, 0.35, 3, 1, 1)
-    shade = shade * (torch.arange(3) < count[:, None]).view(N, 3, 1, 1)
-    light, dark, swap = draw(0.65, 1, 1, 1, 1), draw(0, 0.35, 1, 1, 1), draw(0, 1, 1, 1, 1) < 0.5
-    ink, ground = torch.where(swap, dark, light), torch.where(swap, light, dark)
-    pixel, images = torch.arange(32) + 0.5, []
-    for part in torch.arange(N).split(1000):  # bounds memory
-        distance = torch.hypot(pixel - centre[part, 0], pixel[:, None] - centre[part, 1])
-        discs = ((radius[part] - distance + 0.5).clamp(0, 1) * shade[part]).amax(1, keepdim=True)
-        grid = F.affine_grid(affine[part], discs.shape, align_corners=False)
-        number = F.grid_sample(glyphs[numbers[part]], grid, align_corners=False)
-        mixed = ground[part].lerp(ink[part], torch.maximum(number, discs))  # (1000, 1, 32, 32)
-        images.append((255 * mixed).round().byte())
-    digits = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10], dim=1)
-    labels = dict(number=numbers, digits=digits, count=count, size=(height - 32).long() // 2)
-    return torch.cat(images), labels
-
-
-def open_data(data, split):
-    """-> images: uint8 (N, C, H, W), or N paths; labels: dict of N each, the class first."""
-    train, root = split == "train", Path(data)
-    if data == "plates":
-        return draw_plates(50 if train else 10, seed=0 if train else 1)
+def option_number(kind, text, low, high, expected):
+    """The number in `text`, an option's value. argparse turns the error into one line."""
     try:
-        if data in ("cifar10", "cifar100"):
-            source = (CIFAR10 if data == "cifar10" else CIFAR100)("data", train, download=True)
-            images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-            return images, {"class": torch.tensor(source.targets)}
-        if (root / f"{split}2018.json").is_file():  # iNaturalist 2018
-            listing = json.loads((root / f"{split}2018.json").read_text())
-            label = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
-            samples = [(root / item["file_name"], label[item["id"]]) for item in listing["images"]]
-        else:
-            samples = ImageFolder(root / split).samples
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
-        need = "a download or ./data" if "cifar" in data else f"{root / split}/CLASS/IMAGE"
-        fail(f"--data {data}: needs {need} ({type(error).__name__}: {str(error).splitlines()[0]})")
-    paths, labels = zip(*samples)
-    return list(map(str, paths)), {"class": torch.tensor(labels)}
+        number = kind(text)
+    except ValueError:
+        number = math.nan
+    if not low <= number <= high:
+        raise argparse.ArgumentTypeError(f"{text}: give {expected}")
+    return number
+
+
+def positive_int(text):
+    return option_number(int, text, low=1, high=2**63, expected="a whole number of at least 1")
+
+
+def two_or_more(text):
+    return option_number(int, text, low=2, high=2**63, expected="a whole number of at least 2")
+
+
+def count(text):
+    return option_number(int, text, low=0, high=2**63, expected="a whole number from 0 to 9.2e+18")
+
+
+def positive(text):
+    least = sys.float_info.min
+    return option_number(float, text, low=least, high=1e300, expected="a number above 0")
+
+
+def nonnegative(text):
+    return option_number(float, text, low=0, high=1e300, expected="a number of at least 0")
+
+
+def fraction(text):
+    return option_number(float, text, low=0, high=1, expected="a number from 0 to 1")
+
+
+def option_parser(doc, out, recipes):
+    """A parser with the options that all scripts share; `doc` is the script's docstring."""
+    p = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0],
+        epilog="Defaults are the paper's, for folders of images. --recipe replaces some of them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.error = lambda message: fail(re.sub(r"^argument (\S+): ", r"\1 ", message))
+    g = p.add_argument_group("run")
+    g.add_argument("--data", default="plates",
+                   help="plates, cifar10, cifar100 or a folder with train/CLASS/IMAGE")  # fmt: skip
+    g.add_argument("--recipe", choices=recipes, help="None: that of --data; folders: paper")
+    g.add_argument("--k-classes", type=positive_int,
+                   help="distinct classes in every batch; None: any; raises a recipe's batch "
+                        "size that cannot hold them")  # fmt: skip
+    g.add_argument("--long-tail", type=nonnegative, default=0.0,
+                   help="keep a share k^-LONG_TAIL of the images of class k")  # fmt: skip
+    g.add_argument("--steps", type=positive_int, help="updates in all; None: all of --epochs")
+    g.add_argument("--out", default=out, help="folder of checkpoint, log and pictures")
+    g.add_argument("--seed", type=count, default=0, help="of weights, batches and views")
+    g.add_argument("--workers", type=count,
+                   help="loader processes; None: a core each, 0 for data in memory")  # fmt: skip
+    g.add_argument("--log-every", type=positive_int, default=50, help="updates; fewer at first")
+    g.add_argument("--save-minutes", type=positive, default=5.0,
+                   help="between checkpoints; 1 for data in memory")  # fmt: skip
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                   default=torch.cuda.is_available(), help="autocast to bfloat16")  # fmt: skip
+    return p
+
+
+def parse_with_recipe(parser, argv, recipes):
+    """Parse twice: the recipe's values become the defaults of what the user leaves open."""
+    first, _ = parser.parse_known_args(argv)
+    name = first.recipe or (first.data if first.data in recipes else "paper")
+    parser.set_defaults(recipe=name, **recipes[name])
+    if first.data in IN_MEMORY:  # a run of minutes
+        parser.set_defaults(save_minutes=1.0)
+    batch_size = parser.get_default("batch_size")
+    if (first.k_classes or 0) > batch_size:
+        parser.set_defaults(batch_size=math.ceil(first.k_classes / 128) * 128)
+    return parser.parse_args(argv)
+
+
+def option_flag(name, value):
+    """An option as one types it."""
+    flag = f"--{name.replace('_', '-')}"
+    if value is None:
+        return f"no {flag}"
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-")
+    if isinstance(value, list):
+        return " ".join([flag, *map(str, value)])
+    return f"{flag} {value}"
+
+
+# ---- Data
+def training_set(args):
+    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), cut by --long-tail."""
+    try:
+        images, labels = open_data(args.data, "train")
+    except ValueError as error:
+        fail(f"--data {error}")
+    classes = next(iter(labels.values())).numpy()
+    if args.long_tail:
+        kept = long_tail(classes, args.long_tail, args.seed)
+        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
+        classes = classes[kept]
+    return images, classes
+
+
+def batch_sampler(classes, args):
+    """Batches of --k-classes classes, or of any."""
+    try:
+        return KClassBatchSampler(
+            classes,
+            args.batch_size,
+            args.k_classes,
+            rank=rank(),
+            world_size=world_size(),
+            seed=args.seed,
+        )
+    except ValueError as error:
+        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
+
+
+def batch_loader(dataset, sampler, run, args):
+    """The batches of the run's updates that are left, by loader processes if data are files."""
+
+    def items():
+        start = run.step
+        for epoch in range(start // len(sampler), math.ceil(run.last / len(sampler))):
+            sampler.set_epoch(epoch)
+            first = epoch * len(sampler)
+            batches = enumerate(sampler, first)  # (step, indices)
+            yield from itertools.islice(batches, max(start - first, 0), run.last - first)
+
+    workers = args.workers
+    if workers is None:
+        workers = 0 if torch.is_tensor(dataset.images) else os.cpu_count() // world_size()
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=items(),
+        num_workers=workers,
+        worker_init_fn=ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def ignore_signals(worker):
+    """Loader processes go on while the run finishes its update; it ends them afterwards."""
+    for number in Run.STOPS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class CroppedViews(Dataset):
+    """Crops of this process's share of a global batch, flipped at random.
+
+    Item (step, indices): for each (views, size, area) in `sizes` a uint8 (V, B, 3, size, size), in
+    a list; or a message if a file cannot be read. area: fraction of the image, from to. Random
+    numbers follow from seed, step and position in the batch of all processes."""
+
+    def __init__(self, images, sizes, args):
+        self.images = images
+        self.sizes = sizes
+        self.flip = args.flip
+        self.seed = args.seed
+        self.rank = rank()
+        self.world_size = world_size()
+
+    def __getitem__(self, item):
+        step, indices = item
+        first = self.rank * len(indices)  # of the batch of all processes
+        if torch.is_tensor(self.images):
+            return self.crop_tensors(step, indices, first)
+        try:
+            return self.crop_files(step, indices, first)
+        except UnreadableImage as error:
+            return str(error)
+
+    def crop_tensors(self, step, indices, first):
+        """All images at once."""
+        B = len(indices)
+        images = self.images[indices].expand(-1, 3, -1, -1)
+        torch.manual_seed(hash((self.seed, step, 0)))
+        views = []
+        for V, size, area in self.sizes:
+            u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
+            crops = [crop_batch(images, one, area, size, self.flip) for one in u]
+            views.append(torch.stack(crops))
+        return views
+
+    def crop_files(self, step, indices, first):
+        """One image after another: they differ in size."""
+        images = []
+        for position, index in enumerate(indices, first):
+            image = read_image(self.images[index])
+            torch.manual_seed(hash((self.seed, step, 0, position)))
+            images.append([self.crop_image(image, *size) for size in self.sizes])
+        return [torch.stack(views, dim=1) for views in zip(*images)]
+
+    def crop_image(self, image, V, size, area):
+        """V crops of an image (3, H, W) -> (V, 3, size, size)."""
+        crop = v2.RandomResizedCrop(size, area)
+        flip = v2.RandomHorizontalFlip(self.flip)
+        return torch.stack([flip(crop(image)) for _ in range(V)])
 
 
 def crop_batch(images, u, area, size, flip):
-    """RandomResizedCrop and flip of B square images at once, by bilinear sampling.
+    """RandomResizedCrop and flip of square images, all at once, by bilinear sampling.
 
-    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box of
-    `area` (fraction of the image) and aspect 3/4 to 4/3 that fits -> (B, 3, size, size) uint8."""
-    share, aspect = area[0] + (area[1] - area[0]) * u[..., 0], (4 / 3) ** (2 * u[..., 1] - 1)
-    w, h = (share * aspect).sqrt(), (share / aspect).sqrt()  # (B, 10) fractions of the side
-    first = ((w <= 1) & (h <= 1)).int().argmax(dim=1, keepdim=True)
-    w, h = w.gather(1, first)[:, 0].clamp(max=1), h.gather(1, first)[:, 0].clamp(max=1)
-    x, y = (2 * u[:, 0, 2] - 1) * (1 - w), (2 * u[:, 0, 3] - 1) * (1 - h)  # centres in [-1, 1]
-    w, zero = torch.where(u[:, 1, 2] < flip, -w, w), torch.zeros_like(x)
-    affine = torch.stack([w, zero, x, zero, h, y], dim=1).view(-1, 2, 3)
+    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box that
+    fits, of `area` (fraction of the image) and aspect 3/4 to 4/3 -> (B, 3, size, size) uint8."""
+    share = area[0] + (area[1] - area[0]) * u[..., 0]  # (B, 10)
+    aspect = (4 / 3) ** (2 * u[..., 1] - 1)
+    widths = (share * aspect).sqrt()  # fractions of the image's side
+    heights = (share / aspect).sqrt()
+    fits = (widths <= 1) & (heights <= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)  # if none fits, the first, cut to the image
+    width = widths.gather(1, first)[:, 0].clamp(max=1)  # (B,)
+    height = heights.gather(1, first)[:, 0].clamp(max=1)
+    x = (2 * u[:, 0, 2] - 1) * (1 - width)  # the box's centre, in [-1, 1]
+    y = (2 * u[:, 0, 3] - 1) * (1 - height)
+    width = torch.where(u[:, 1, 2] < flip, -width, width)
+    zero = torch.zeros_like(x)
+    affine = torch.stack([width, zero, x, zero, height, y], dim=1).view(-1, 2, 3)
     grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
     crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return crops.round().byte()
 
 
-class CroppedViews(Dataset):
-    """Item (step, indices): this process's share of a global batch, cropped and flipped. For each
-    (views, size, area) of `groups` uint8 (V, B, 3, size, size); or a message if a file fails."""
-
-    def __init__(self, images, groups, flip, seed, rank, processes):
-        self.images, self.groups, self.flip = images, groups, flip
-        self.seed, self.rank, self.processes = seed, rank, processes
-
-    def __getitem__(self, item):
-        step, indices = item
-        B, views = len(indices), []
-        first = self.rank * B  # numbers are drawn for the global batch, then cut
-        if torch.is_tensor(self.images):
-            images = self.images[indices].expand(-1, 3, -1, -1)
-            torch.manual_seed(hash((self.seed, step, 0)))
-            for V, size, area in self.groups:
-                u = torch.rand(V, B * self.processes, 10, 4)[:, first : first + B]
-                views.append(torch.stack([crop_batch(images, v, area, size, self.flip) for v in u]))
-            return views
-        for position, path in enumerate((self.images[i] for i in indices), first):
-            try:
-                image = read_image(path)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                return f"{path}: unreadable image ({error}): mend or remove it"
-            torch.manual_seed(hash((self.seed, step, 0, position)))
-            for V, size, area in self.groups:
-                crop, flip = v2.RandomResizedCrop(size, area), v2.RandomHorizontalFlip(self.flip)
-                views.append(torch.stack([flip(crop(image)) for _ in range(V)]))
-        return [torch.stack(views[g :: len(self.groups)], dim=1) for g in range(len(self.groups))]
+class UnreadableImage(Exception):
+    """Its text names the file, the reason and the remedy."""
 
 
 def read_image(path):
-    """A file of any mode and orientation -> (3, H, W) uint8."""
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image)
-        upright = upright.convert("RGBA") if "transparency" in image.info else upright
-        return TF.pil_to_tensor(upright.convert("RGB"))
+    """An image file of any mode and orientation -> (3, H, W) uint8. Raises UnreadableImage."""
+    try:
+        with Image.open(path) as image:
+            upright = ImageOps.exif_transpose(image)
+            if "transparency" in image.info:
+                upright = upright.convert("RGBA")
+            return TF.pil_to_tensor(upright.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UnreadableImage(f"{path}: unreadable image ({error}): fix or remove it") from None
 
 
-def adjust(image, kind, amount):
-    """torchvision's adjust_brightness, _contrast, _saturation, _hue (kind 0 to 3), each image of
-    (B, 3, H, W) in [0, 1] by its own amount (B,)."""
-    amount = amount.view(-1, 1, 1, 1)
-    if kind < 3:
-        grey = (image * image.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
-        other = (torch.zeros_like(grey), grey.mean(dim=(2, 3), keepdim=True), grey)[kind]
-        return (other + amount * (image - other)).clamp(0, 1)
-    value, (r, g, b) = image.amax(1, keepdim=True), image.split(1, dim=1)
-    chroma = value - image.amin(1, keepdim=True)
-    other = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
-    sixth = torch.where(value == r, g - b, other)
-    k = sixth / chroma.clamp(min=1e-12) + 6 * amount + image.new_tensor([5, 3, 1]).view(3, 1, 1)
-    return value - chroma * torch.minimum(k % 6, 4 - k % 6).clamp(0, 1)  # HSV back to RGB
-
-
-def gaussian_blur(image, sigma, radius):
-    """Blur each of (B, 3, H, W) by its own sigma (B,), in pixels; 2 radius + 1 taps, reflected."""
-    taps = torch.arange(-radius, radius + 1, device=image.device)
-    weights = (-0.5 * (taps / sigma[:, None]).square()).softmax(dim=1)[:, :, None, None, None]
-    for dim, pad in (2, [0, 0, radius, radius]), (3, [radius, radius, 0, 0]):
-        padded, size = F.pad(image, pad, mode="reflect"), image.shape[dim]
-        image = sum(weights[:, i] * padded.narrow(dim, i, size) for i in range(len(taps)))
-    return image
-
-
+# ---- Colours
 def photometry(views, u, jitter, grey, blur, blur_sigma, solarise, threshold):
-    """Colours of all views of one size in one call: uint8 (B, 3, H, W) -> float32 in [0, 1]. Each
-    image has its own uniform numbers u (B, 13), on the CPU, and order of the four jitters."""
-    image, device, order = views.float() / 255, views.device, u[:, 9:].argsort(dim=1)
-    for place, kind in itertools.product(range(4), range(4)):
-        if jitter[kind]:
-            i = ((order[:, place] == kind) & (u[:, 0] < 0.8)).nonzero()[:, 0]
-            shift = jitter[kind] * (2 * u[i, 1 + kind] - 1)
-            amount = (1 + shift).clamp(min=0) if kind < 3 else shift
-            i = i.to(device)
-            image[i] = adjust(image[i], kind, amount.to(device))
-    u = u.to(device)
+    """Random colours of a batch of views: uint8 (B, 3, H, W) -> float32 in [0, 1].
+
+    u (B, 13), uniform, on the CPU: 0 whether to jitter, 1 to 4 by how much, 5 whether grey, 6
+    whether blurred, 7 how much, 8 whether solarised, 9 to 12 the order of the four jitters. Equal
+    to torchvision's functions with the same parameters, image by image."""
+    image = jitter_colours(
+        views.float() / 255,
+        strengths=jitter,
+        chosen=u[:, 0] < 0.8,
+        amounts=u[:, 1:5],
+        order=u[:, 9:].argsort(dim=1),
+    )
+    u = u.to(views.device)
     if grey:
-        image = adjust(image, 2, (u[:, 5] >= grey).float())
+        keeps_colour = (u[:, 5] >= grey).float()
+        image = adjust_saturation(image, keeps_colour.view(-1, 1, 1, 1))
     if blur:
         sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * u[:, 7]
         sigma = torch.where(u[:, 6] < blur, sigma, 1e-3)  # so narrow that nothing changes
         radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
         image = gaussian_blur(image, sigma, radius)
-    inverted = (u[:, 8] < solarise).view(-1, 1, 1, 1) & (image >= threshold)
-    return torch.where(inverted, 1 - image, image)
+    inverts = (u[:, 8] < solarise).view(-1, 1, 1, 1)
+    return torch.where(inverts & (image >= threshold), 1 - image, image)
+
+
+def jitter_colours(image, strengths, chosen, amounts, order):
+    """Brightness, contrast, saturation, hue of `chosen` (B,) images, each in its own order.
+
+    image (B, 3, H, W) in [0, 1], changed in place; strengths: of the four kinds; amounts (B, 4),
+    uniform; order (B, 4): the kind that comes first, second, ..."""
+    kinds = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
+    for place, (kind, adjust) in itertools.product(range(4), enumerate(kinds)):
+        if strengths[kind] == 0:
+            continue
+        now = (chosen & (order[:, place] == kind)).nonzero()[:, 0]
+        amount = strengths[kind] * (2 * amounts[now, kind] - 1)
+        if adjust is not adjust_hue:
+            amount = (1 + amount).clamp(min=0)  # a factor
+        now = now.to(image.device)
+        image[now] = adjust(image[now], amount.to(image.device).view(-1, 1, 1, 1))
+    return image
+
+
+def adjust_brightness(image, factor):
+    return blend(torch.zeros_like(image), image, factor)
+
+
+def adjust_contrast(image, factor):
+    return blend(greyscale(image).mean(dim=(2, 3), keepdim=True), image, factor)
+
+
+def adjust_saturation(image, factor):
+    return blend(greyscale(image), image, factor)
+
+
+def blend(start, end, factor):
+    """From start (factor 0) to end (factor 1) and beyond, cut to [0, 1]."""
+    return (start + factor * (end - start)).clamp(0, 1)
+
+
+def greyscale(image):
+    """(B, 3, H, W) -> (B, 1, H, W), with torchvision's weights."""
+    weights = image.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
+    return (image * weights).sum(dim=1, keepdim=True)
+
+
+def adjust_hue(image, shift):
+    """Turn the hue by `shift`, a fraction of the circle, through HSV and back."""
+    value = image.amax(dim=1, keepdim=True)
+    chroma = value - image.amin(dim=1, keepdim=True)
+    r, g, b = image.split(1, dim=1)
+    sixth = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
+    sixth = torch.where(value == r, g - b, sixth)  # hue x chroma, in sixths of the circle
+    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1)
+    k = (sixth / chroma.clamp(min=1e-12) + 6 * shift + channel) % 6
+    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(image, sigma, radius):
+    """Blur each of (B, 3, H, W) by its own sigma (B,), pixels; 2 radius + 1 taps, reflected."""
+    taps = torch.arange(-radius, radius + 1, device=image.device)
+    weights = (-0.5 * (taps / sigma[:, None]).square()).softmax(dim=1)[:, :, None, None, None]
+    for dim, padding in ((2, [0, 0, radius, radius]), (3, [radius, radius, 0, 0])):
+        padded = F.pad(image, padding, mode="reflect")
+        size = image.shape[dim]
+        image = sum(weights[:, i] * padded.narrow(dim, i, size) for i in range(len(taps)))
+    return image
 
 
 def normalise(image, standardise):
@@ -306,152 +691,26 @@ def normalise(image, standardise):
     return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 
 
-# ---- 3. Encoder
-class BatchNorm(nn.BatchNorm1d):
-    """BatchNorm of (B, D, ...) by the batch of all processes, on CPUs too, unlike SyncBatchNorm."""
+# ---- Processes
+@contextlib.contextmanager
+def process_group():
+    """Join torchrun's processes, or be a group of one; leave it at the end, whatever happens.
 
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):
-        if not self.training or world_size() == 1:
-            return super().forward(x)
-        x = x.to(self.weight)  # statistics of bfloat16 would be too coarse
-        dims, shape = [0, *range(2, x.ndim)], [1, -1] + [1] * (x.ndim - 2)
-        mean = all_reduce_mean(x.mean(dims))
-        centred = x - mean.view(shape)
-        variance = all_reduce_mean(centred.square().mean(dims))
-        with torch.no_grad():
-            count = x.numel() // x.shape[1] * world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale.view(shape) + self.bias.view(shape)
-
-
-ARCHITECTURES = dict(resnet50=models.resnet50, resnet18=models.resnet18, small=None)
-
-
-def resnet(arch, image_size):
-    """torchvision's ResNet without classifier, the last scale of every residual block 0 at first:
-    images (B, 3, H, W) -> representations (B, D); and D. For images of up to 32 pixels the stem
-    neither strides nor pools, as in SimCLR's official code. `small` is five convolutions."""
-    if arch == "small":
-        widths, layers = [3, 16, 32, 64, 64, 128], []
-        for i, (before, after) in enumerate(itertools.pairwise(widths)):
-            conv = nn.Conv2d(before, after, 3, 2 - i % 2, padding=1, bias=False)
-            layers += [conv, BatchNorm(after), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()), widths[-1]
-    network = ARCHITECTURES[arch](zero_init_residual=True, norm_layer=BatchNorm)
-    dim, network.fc = network.fc.in_features, nn.Identity()
-    if image_size <= 32:
-        network.conv1, network.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-        nn.init.kaiming_normal_(network.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return network, dim
-
-
-# ---- 4. Method
-def vicreg_loss(z1, z2, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
-    """Eq. 6, of the two views' embeddings z1, z2 (B, D) -> (loss, invariance, variance,
-    covariance), the terms before their coefficients. Invariance is this process's mean, which DDP
-    averages, and over dimensions too (official code); the others are of all processes."""
-    dtype, N = torch.promote_types(z1.dtype, torch.float32), len(z1) * world_size()
-    z1, z2 = z1.to(dtype), z2.to(dtype)
-    invariance, variance, covariance = F.mse_loss(z1, z2), 0.0, 0.0
-    for z in (z1, z2):
-        z = z - all_reduce_mean(z.mean(dim=0))
-        var = all_reduce_mean(z.square().mean(dim=0)) * N / (N - 1)  # (D,)
-        variance = variance + F.relu(1 - (var + 1e-4).sqrt()).mean() / 2  # 1e-4: finite gradient
-        # The sum of squares of Z'Z (D, D) is that of ZZ' (N, N), of which a process needs its rows.
-        squares = all_reduce_mean((z @ gather(z).T).square().sum() * world_size()) / (N - 1) ** 2
-        covariance = covariance + (squares - var.square().sum()) / z.shape[1]  # less the diagonal
-    loss = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
-    return loss, invariance, variance, covariance
-
-
-class VICReg(nn.Module):
-    """Encoder and expander: Linear, BatchNorm, ReLU, twice, then Linear without bias."""
-
-    def __init__(self, encoder, dim, hidden, output):
-        super().__init__()
-        self.encoder, self.expander = encoder, nn.Sequential()
-        for before in (dim, hidden):
-            self.expander.extend([nn.Linear(before, hidden), BatchNorm(hidden), nn.ReLU()])
-        self.expander.append(nn.Linear(hidden, output, bias=False))
-
-    def forward(self, x1, x2):
-        """Two views (B, 3, H, W), each a batch of its own for BatchNorm -> embeddings (B, D)."""
-        return self.expander(self.encoder(x1)), self.expander(self.encoder(x2))
-
-
-def vicreg_step(model, optimizer, x1, x2, lr, bf16=False, **coefficients):
-    """One step on two views (B, 3, H, W) -> (4,): the loss and its three terms."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    with torch.autocast(x1.device.type, torch.bfloat16, enabled=bf16):
-        z1, z2 = model(x1, x2)
-    terms = vicreg_loss(z1, z2, **coefficients)
-    optimizer.zero_grad()
-    terms[0].backward()
-    optimizer.step()
-    return torch.stack(terms).detach()
-
-
-# ---- 5. Optimiser and schedules
-class LARS(torch.optim.Optimizer):
-    """SGD with momentum in which the step of a weight tensor w, gradient g, is scaled by trust
-    |w| / |g + weight_decay w|; biases and norms (one dimension) are neither scaled nor decayed.
-    lr_in_buffer: momentum sums lr x gradient (SimCLR), else gradients (VICReg): they differ
-    while the rate changes."""
-
-    def __init__(self, params, lr, weight_decay, momentum=0.9, trust=0.001, lr_in_buffer=False):
-        options = dict(lr=lr, weight_decay=weight_decay, momentum=momentum, trust=trust)
-        super().__init__(params, options | dict(lr_in_buffer=lr_in_buffer))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None and p.ndim <= 1]
-            weights = [p for p in group["params"] if p.grad is not None and p.ndim > 1]
-            steps = [p.grad for p in params]
-            if weights:
-                decay, gradients = group["weight_decay"], [p.grad for p in weights]
-                gradients = torch._foreach_add(gradients, weights, alpha=decay)
-                sizes = torch.stack(torch._foreach_norm(weights))
-                ratios = group["trust"] * sizes / torch.stack(torch._foreach_norm(gradients))
-                ratios = torch.where(ratios.isfinite() & (ratios > 0), ratios, 1.0)  # a norm is 0
-                params += weights
-                steps += torch._foreach_mul(gradients, [*ratios])
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            inside, outside = (group["lr"], 1) if group["lr_in_buffer"] else (1, group["lr"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, steps, alpha=inside)
-            torch._foreach_add_(params, buffers, alpha=-outside)
-
-
-def learning_rate(step, warmup, steps, peak, final):
-    """Rate of update `step` (from 0, where it is 0): linear for `warmup` steps, then a cosine from
-    peak to final at `steps`."""
-    if step < warmup:
-        return peak * step / warmup
-    share = min((step - warmup) / max(steps - warmup, 1), 1)
-    return final + (peak - final) * (1 + math.cos(math.pi * share)) / 2
-
-
-# ---- 6. Distributed, checkpoints
-def init_distributed():
-    """Join torchrun's process group, or be one of size one -> this process's device."""
+    Yields this process's device. One process is a world of size one: there is no other path."""
+    cuda = torch.cuda.is_available()
     device = torch.device("cpu")
-    if cuda := torch.cuda.is_available():
+    if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    return device
+    handlers = {number: signal.getsignal(number) for number in Run.STOPS}
+    try:
+        yield device
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        dist.destroy_process_group()
 
 
 def world_size():
@@ -460,6 +719,11 @@ def world_size():
 
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_part(B):
+    """Where this process's B images are in the batch of all processes."""
+    return slice(rank() * B, (rank() + 1) * B)
 
 
 class AllReduceMean(torch.autograd.Function):
@@ -478,7 +742,9 @@ class AllReduceMean(torch.autograd.Function):
         return AllReduceMean.apply(gradient)
 
 
-all_reduce_mean = AllReduceMean.apply
+def all_reduce_mean(x):
+    """Mean over processes, with a gradient."""
+    return AllReduceMean.apply(x)
 
 
 def gather(z):
@@ -489,141 +755,302 @@ def gather(z):
     return all_reduce_mean(world_size() * padded).flatten(0, 1)
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm of (B, D, ...) by the batch of all processes, on CPUs too, unlike SyncBatchNorm."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        x = x.to(self.weight)  # statistics of bfloat16 would be too coarse
+        dims = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
+        mean = all_reduce_mean(x.mean(dims))  # (D,)
+        centred = x - mean.view(shape)
+        variance = all_reduce_mean(centred.square().mean(dims))
+        with torch.no_grad():
+            count = x.numel() // x.shape[1] * world_size()
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(shape) + self.bias.view(shape)
+
+
+def synchronise_batchnorm(model, device):
+    """On GPUs torch's SyncBatchNorm takes BatchNorm's place: the same statistics, fused."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+# ---- A run in its folder
+class Run:
+    """A run's folder: where the run continues, its log, its checkpoints, and when it stops.
+
+    run = Run("simclr", args, device)
+    run.restore(sampler, simclr=model, optimizer=optimizer)
+    for step, batch in run.steps(loader):
+        run.log(metrics, rates)
+    """
+
+    STOPS = (signal.SIGINT, signal.SIGTERM)
+    MAY_CHANGE = ("out", "steps", "workers", "log_every", "save_minutes")  # when it continues
+    FIRST_LINES = (1, 2, 5, 10, 20)  # steps that are logged besides every --log-every
+    COLLAPSED = dict(information=0.02, embedding_std=0.02, target_std=0.02)  # below this
+
+    def __init__(self, script, args, device):
+        self.script = script
+        self.args = args
+        self.device = device
+        self.out = Path(args.out)
+        self.checkpoint = self.out / "checkpoint.pt"
+        kept = {name: x for name, x in vars(args).items() if name not in self.MAY_CHANGE}
+        self.options = {"script": script} | kept
+        self.state = load_checkpoint(self.checkpoint, self.options)
+        self.step = self.state.get("step", 0)  # updates made
+        self.metrics = []  # of the updates since the last line of the log
+        self.means = {}  # of these, at the last line or checkpoint
+        self.received = 0  # the number of the signal that this process got
+        self.received_time = 0.0
+        self.stop_signal = 0  # of any process: all stop
+        self.saving = False
+        self.lines_collapsed = 0
+
+    def restore(self, sampler, **parts):
+        """Load the parts from the checkpoint, if there is one; print what the run will do.
+
+        Later checkpoints hold the same parts. The first is the network."""
+        self.parts = parts
+        self.epoch_steps = len(sampler)
+        self.horizon = self.args.epochs * self.epoch_steps
+        self.last = min(self.args.steps or self.horizon, self.horizon)
+        for name, part in parts.items():
+            if name in self.state:
+                part.load_state_dict(self.state[name])
+        self.state = {}
+        steps = torch.tensor([self.step, -self.step])
+        dist.all_reduce(steps, dist.ReduceOp.MAX)
+        if steps[0] != -steps[1]:
+            fail(f"--out {self.out}: not all processes see the same checkpoint: share the folder")
+        if rank() == 0:
+            self.open_folder()
+            print(self.plan(sampler), flush=True)
+
+    def open_folder(self):
+        """Make the folder and cut off what a killed run logged after its last checkpoint."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            options = {"script": self.script} | vars(self.args)
+            (self.out / "options.json").write_text(json.dumps(options, indent=1) + "\n")
+            log = self.out / "log.jsonl"
+            log.touch()
+            os.truncate(log, self.saved_log_size(log.read_bytes()))
+        except OSError as error:
+            fail(f"--out {self.out}: not writable ({error}): choose another folder")
+
+    def saved_log_size(self, log):
+        """Bytes of the lines, whole ones, of updates that the checkpoint has."""
+        size = 0
+        for line in log.splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > self.step:
+                    break
+            except (ValueError, KeyError, TypeError):
+                break
+            size += len(line)
+        return size
+
+    def plan(self, sampler):
+        """One line: what will happen."""
+        args = self.args
+        network = next(iter(self.parts.values()))
+        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
+        images = f"{len(sampler.labels):,} images of {len(sampler.sizes):,} classes"
+        tail = f" (--long-tail {args.long_tail})" if args.long_tail else ""
+        classes = f"K = {args.k_classes} classes each" if args.k_classes else "any classes"
+        steps = f"{self.horizon:,} steps"
+        if self.last < self.horizon:
+            steps += f", of which --steps {self.last}"
+        start = f"continues after step {self.step:,}" if self.step else "new"
+        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
+        return (
+            f"{self.script}: {args.data}{tail}, {images}; batches of {args.batch_size:,}, "
+            f"{classes}; {args.epochs} epochs, {steps}; "
+            f"{parameters:,} parameters; {self.device}, {processes}; {self.out}, {start}"
+        )
+
+    def steps(self, loader):
+        """Yield (step, batch) of the updates that are left. Save on the way and at the end.
+
+        Ctrl-C and SIGTERM end it after the present update, with exit status 130 or 143."""
+        for number in self.STOPS:
+            signal.signal(number, self.stop_soon)
+        self.start_time = self.save_time = self.line_time = time.time()
+        self.line_step = self.step
+        hidden = None if rank() == 0 else True  # None: unless it is a terminal
+        self.bar = tqdm(total=self.last, initial=self.step, unit="step", disable=hidden)
+        for batch in loader:
+            if isinstance(batch, str):  # what a loader process could not read
+                self.fail(batch, everywhere=True)
+            torch.manual_seed(hash((self.args.seed, self.step, 1)))  # the same after a restart
+            yield self.step, batch
+            if self.saving:
+                self.save()
+            if self.stop_signal and self.step < self.last:
+                self.bar.close()
+                if rank() == 0:
+                    print(f"stopped after step {self.step} of {self.last}, saved in "
+                          f"{self.checkpoint}; the same command continues")  # fmt: skip
+                sys.exit(128 + self.stop_signal)
+        self.bar.close()
+        if rank() == 0:
+            minutes, seconds = divmod(round(time.time() - self.start_time), 60)
+            print(f"{self.step} of {self.horizon} steps, {minutes} min {seconds} s: "
+                  f"{self.checkpoint}\nnext: python linear_eval.py {self.checkpoint}")  # fmt: skip
+
+    def stop_soon(self, number, _):
+        """Stop after this update. A second signal stops at once, if it is not an echo of the first:
+        `timeout` sends SIGTERM to the process, then to its whole group."""
+        now = time.time()
+        if self.received == 0:
+            self.received = number
+            self.received_time = now
+        elif now - self.received_time > 1:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def log(self, metrics, rates):
+        """Count an update, and write a line of the log if it is time.
+
+        metrics {name: tensor}: the line has their means over updates since the last line and over
+        processes; of a vector it has the deciles. rates {name: number}: the line has the last."""
+        self.step += 1
+        self.bar.update()
+        self.metrics.append({name: x.detach() for name, x in metrics.items()})
+        self.agree()
+        ends = self.step == self.last or self.stop_signal > 0
+        self.saving = self.saving or ends
+        early = self.step in self.FIRST_LINES and self.step < self.args.log_every
+        due = ends or early or self.step % self.args.log_every == 0
+        if not due and not self.saving:
+            return  # not even .item(), which would wait for the GPU
+        self.means = self.average_metrics()
+        if due:
+            self.write_line(rates)
+
+    def agree(self):
+        """A signal to one process stops all; the clock of process 0 says when to save."""
+        elapsed = time.time() - self.save_time
+        save = rank() == 0 and elapsed > 60 * self.args.save_minutes
+        wishes = torch.tensor([self.received, int(save)])
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.stop_signal = wishes[0].item()
+        self.saving = wishes[1].item() > 0
+
+    def average_metrics(self):
+        """{name: mean}; a value that is not finite ends the run before a checkpoint has it."""
+        means = {}
+        for name in self.metrics[0]:
+            values = torch.stack([row[name] for row in self.metrics]).double()  # (updates, ...)
+            dist.all_reduce(values)
+            values = values.cpu() / world_size()
+            finite = values.reshape(len(values), -1).isfinite().all(dim=1)
+            if not finite.all():
+                step = self.step - len(finite) + 1 + finite.int().argmin().item()
+                lr = "base_lr" if "base_lr" in self.options else "lr"
+                flag = option_flag(lr, self.options[lr])
+                self.fail(f"{name} is not finite at step {step}: lower {flag}")
+            means[name] = values.mean(dim=0)
+        return means
+
+    def write_line(self, rates):
+        """Append to log.jsonl; show the loss in the bar, or the line if there is no terminal."""
+        now = time.time()
+        updates = self.step - self.line_step
+        line = dict(step=self.step, epoch=(self.step - 1) // self.epoch_steps) | rates
+        for name, mean in self.means.items():
+            line[name] = mean.item() if mean.ndim == 0 else deciles(mean)
+        line["images_per_second"] = updates * self.args.batch_size / (now - self.line_time)
+        self.metrics = []
+        self.line_step = self.step
+        self.line_time = now
+        if rank() > 0:
+            return
+        with (self.out / "log.jsonl").open("a") as file:
+            print(json.dumps(line), file=file)
+        numbers = {name: f"{x:.4g}" for name, x in line.items() if not isinstance(x, list)}
+        self.bar.set_postfix(loss=numbers["loss"])
+        if self.bar.disable:
+            print(" ".join(f"{name} {x}" for name, x in numbers.items()), flush=True)
+        self.warn_of_collapse(line)
+
+    def warn_of_collapse(self, line):
+        """After the warm-up, once, when all images have looked the same for five lines."""
+        indicator = next((name for name in self.COLLAPSED if name in line), None)
+        if indicator is None or line["step"] < self.args.warmup * self.epoch_steps:
+            return
+        collapsed = line[indicator] < self.COLLAPSED[indicator]
+        self.lines_collapsed = self.lines_collapsed + 1 if collapsed else 0
+        if self.lines_collapsed == 5:
+            self.bar.write(
+                f"warning: collapse: {indicator} is {line[indicator]:.2g}, so all images look "
+                "the same to the network: lower the learning rate"
+            )
+
+    def save(self):
+        """Write the checkpoint under another name, then rename it: a kill leaves no half file."""
+        self.save_time = time.time()
+        if rank() == 0:
+            state = dict(options=self.options, step=self.step)
+            for name, part in self.parts.items():
+                state[name] = part.state_dict()
+            torch.save(state, self.out / "checkpoint.partial")
+            os.replace(self.out / "checkpoint.partial", self.checkpoint)
+
+    def fail(self, message, everywhere=False):
+        self.bar.close()  # the message gets a line of its own
+        fail(message, everywhere)
+
+
+def deciles(values):
+    """Eleven of the values (K,), at even ranks from the largest to the smallest, as numbers."""
+    ranks = torch.linspace(0, len(values) - 1, 11).long()
+    chosen = values.sort(descending=True).values[ranks]
+    return [float(f"{x:.3g}") for x in chosen]
+
+
 def load_checkpoint(path, options):
-    """The state at `path`, None if there is none; refuses what does not belong to this run."""
+    """The state at `path`, {} if there is none; refuses what does not belong to this run."""
     if not path.exists():
-        return None
+        return {}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         there = {name: state["options"].get(name) for name in options}
     except Exception as error:  # torch raises many kinds for damaged files
         fail(f"{path} is damaged or foreign ({type(error).__name__}): move it or change --out")
-    for name, value in options.items():
-        if there[name] != value:
-            flag = f"--{name.replace('_', '-')} {value}"
-            fail(f"{flag}: {path} was made with {there[name]}: give that, or another --out")
+    if there["script"] != options["script"]:
+        fail(f"{path} is a checkpoint of {there['script']}.py: choose another --out")
+    wrong = [name for name in options if there[name] != options[name]]
+    if wrong:
+        given = ", ".join(option_flag(name, options[name]) for name in wrong)
+        made = ", ".join(option_flag(name, there[name]) for name in wrong)
+        fail(f"{given}: {path} was made with {made}: give that, or another --out")
     return state
 
 
-# ---- 7. Training
-def train(args):
-    def pick(names):
-        return {name: getattr(args, name) for name in names.split()}
+# ---- Pictures
+def draw_views(groups, out, normalised):
+    """views.png: the first eight images as the network gets them, a row for each view.
 
-    device, W, out = init_distributed(), world_size(), Path(args.out)
-    free = ("out", "steps", "workers", "log_every", "save_every")  # may change between starts
-    options = {"script": "vicreg"} | {k: v for k, v in vars(args).items() if k not in free}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "log.jsonl").touch()
-    except OSError as error:
-        fail(f"--out {out}: not writable ({error}): choose another folder")
-    state = load_checkpoint(out / "checkpoint.pt", options) or dict(step=0, recent=[], logged=0)
-    start, recent, logged = state["step"], state["recent"], state["logged"]
-
-    images, labels = open_data(args.data, "train")
-    labels = next(iter(labels.values())).numpy()
-    if args.long_tail:
-        kept = long_tail(labels, args.long_tail, args.seed)
-        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
-        labels = labels[kept]
-        if rank() == 0:
-            print(f"--long-tail {args.long_tail}: {len(kept)} images are kept")
-    try:
-        share = dict(rank=rank(), world_size=W, seed=args.seed)
-        sampler = KClassBatchSampler(labels, args.batch_size, args.k_classes, **share)
-    except ValueError as error:
-        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
-    epoch_steps = len(sampler)
-    steps, peak = args.epochs * epoch_steps, args.base_lr * args.batch_size / 256
-    stop = min(args.steps or steps, steps)
-
-    def stream():
-        for epoch in range(start // epoch_steps, -(-stop // epoch_steps)):
-            sampler.set_epoch(epoch)
-            batches = enumerate(sampler, epoch * epoch_steps)
-            yield from ((step, indices) for step, indices in batches if start <= step < stop)
-
-    groups = [(2, args.image_size, args.crop)]
-    views = CroppedViews(images, groups, args.flip, args.seed, rank(), W)
-    workers = 0 if torch.is_tensor(images) else os.cpu_count() // W
-    workers = workers if args.workers is None else args.workers
-    pin = device.type == "cuda"
-    loader = DataLoader(views, None, sampler=stream(), num_workers=workers, pin_memory=pin)
-
-    torch.manual_seed(args.seed)  # the same initial weights on every process
-    encoder, dim = resnet(args.arch, args.image_size)
-    vicreg = VICReg(encoder, dim, args.hidden, args.output)
-    vicreg.to(device, memory_format=torch.channels_last)  # faster on either device
-    optimizer = LARS(vicreg.parameters(), 0, **pick("weight_decay momentum trust"))
-    parts = dict(vicreg=vicreg, encoder=encoder, optimizer=optimizer)
-    for name in parts.keys() & state.keys():
-        parts[name].load_state_dict(state[name])
-    if device.type == "cuda":  # the same statistics, in one kernel
-        vicreg = nn.SyncBatchNorm.convert_sync_batchnorm(vicreg)
-    model = DistributedDataParallel(vicreg)
-
-    log, bar = out / "log.jsonl", tqdm(total=stop, initial=start, disable=rank() > 0 or None)
-    if rank() == 0 and start < stop:
-        print(json.dumps(options), flush=True)
-        lines = log.read_bytes().splitlines(keepends=True)[:logged]
-        os.truncate(log, sum(map(len, lines)))  # drop what a killed run logged after its last save
-    terminated, clock, mark, now = [], time.time(), start, start
-    handler = signal.signal(signal.SIGTERM, lambda *_: terminated.append(True))
-    for step, crops in zip(range(start, stop), loader):
-        if isinstance(crops, str):
-            bar.close()
-            fail(crops, everywhere=True)
-        B = crops[0].shape[1]  # (2, B, 3, H, W)
-        torch.manual_seed(hash((args.seed, step, 1)))
-        u = torch.rand(2, B * W, 13)[:, rank() * B :][:, :B]  # drawn for all processes, then cut
-        inputs = []
-        for view, numbers, blur, solarise in zip(crops[0].to(device), u, args.blur, args.solarise):
-            colours = pick("jitter grey blur_sigma threshold") | dict(blur=blur, solarise=solarise)
-            inputs.append(normalise(photometry(view, numbers, **colours), args.standardise))
-        lr = learning_rate(step, int(args.warmup * epoch_steps), steps, peak, args.final_lr * peak)
-        coefficients = pick("sim_coeff std_coeff cov_coeff")
-        terms = vicreg_step(model, optimizer, *inputs, lr, args.bf16, **coefficients)
-        recent.append(terms)
-        now, _ = step + 1, bar.update()
-        flag = torch.tensor(float(bool(terminated)))
-        dist.all_reduce(flag)
-        last = now == stop or flag > 0
-        if step == 0 and rank() == 0:
-            rows = torch.cat([view[:8] for view in inputs])
-            save_image(rows, out / "views.png", nrow=8, normalize=True, scale_each=True)
-        if not last and now % args.log_every and now % args.save_every:
-            continue
-        recent = list(all_reduce_mean(torch.stack([x.to(device) for x in recent])).cpu())
-        for number, values in enumerate(recent, now - len(recent) + 1):
-            if not values.isfinite().all():
-                bar.close()
-                fail(f"the loss is not finite at step {number}: lower --base-lr {args.base_lr}")
-        logs, saves = last or now % args.log_every == 0, last or now % args.save_every == 0
-        if rank() == 0 and logs:
-            terms = torch.stack(recent).mean(dim=0).tolist()
-            line = dict(step=now, epoch=step // epoch_steps, lr=lr)
-            line |= zip(("loss", "invariance", "variance", "covariance"), terms)
-            line |= dict(images_per_second=(now - mark) * args.batch_size / (time.time() - clock))
-            with log.open("a") as file:
-                print(json.dumps(line), file=file)
-            bar.set_postfix({name: f"{line[name]:.3g}" for name in list(line)[3:]})
-        if now % args.log_every == 0:
-            recent, logged, clock, mark = [], logged + 1, time.time(), now
-        if rank() == 0 and saves:
-            saved = dict(options=options, step=now, recent=recent, logged=logged)
-            saved |= {name: part.state_dict() for name, part in parts.items()}
-            torch.save(saved, out / "checkpoint.partial")  # renamed: a kill leaves no half file
-            os.replace(out / "checkpoint.partial", out / "checkpoint.pt")
-        if last:
-            break
-    bar.close()
-    signal.signal(signal.SIGTERM, handler)
-    dist.destroy_process_group()
-
-
-def main(argv=None):
-    train(parse_args(argv))
+    groups: a (V, B, 3, H, W) for each size of view; smaller ones are enlarged."""
+    size = groups[0].shape[-2:]
+    rows = [F.interpolate(view[:8], size) for group in groups for view in group]
+    if rank() == 0:
+        options = dict(normalize=normalised, scale_each=normalised)
+        save_image(torch.cat(rows), out / "views.png", nrow=8, **options)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -21,41 +22,48 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import mae  # noqa: E402
+import sampler  # noqa: E402
 
 
-def mask(rounds, batch_size=16, image_size=224, **sizes):
+def mask(rounds, batch_size=16, image_size=224, clock=time.perf_counter, **sizes):
     """Seconds of a step of ViT-B/16 (or of `sizes`) that encodes a quarter of the patches, and of
     one that encodes all but one (of all of them no loss is left) -> the two medians."""
     model = mae.MAE(image_size, norm_pix_loss=True, **sizes)
-    optimizer, patches = mae.optimizer_of(model, 0.05), model.pos_embed.shape[1] - 1
+    optimizer = torch.optim.AdamW(
+        mae.parameter_groups(model), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05
+    )
     images = torch.randn(batch_size, 3, image_size, image_size)
+    patches = model.pos_embed.shape[1] - 1
     seconds = {0.75: [], 1 / patches: []}
-    for _ in range(1 + rounds):
-        for ratio, list_ in seconds.items():
+    for _ in range(1 + rounds):  # the first one warms up
+        for ratio, measured in seconds.items():
+            args = types.SimpleNamespace(mask_ratio=ratio, bf16=False)
             noise = torch.rand(batch_size, patches)
-            began = time.perf_counter()
-            mae.mae_step(model, optimizer, images, noise, 1e-4, ratio)
-            list_.append(time.perf_counter() - began)
-    return [statistics.median(list_[1:]) for list_ in seconds.values()]
+            began = clock()
+            mae.mae_step(model, optimizer, images, noise, 1e-4, args)
+            measured.append(clock() - began)
+    some, all_ = (statistics.median(measured[1:]) for measured in seconds.values())
+    return some, all_
 
 
 def bf16(name, rounds, *options):
     """Images/s of a script's recipe for plates with and without --bf16: of each the median over
     `rounds` runs of twenty steps, the last ten of which count."""
-    script, speeds = importlib.import_module(name), {"--bf16": [], "--no-bf16": []}
-    plates = script.draw_plates(2, seed=0)
+    script = importlib.import_module(name)
+    plates = sampler.draw_plates(2, seed=0)
+    speeds = {"--bf16": [], "--no-bf16": []}
     for _ in range(rounds):
-        for flag, list_ in speeds.items():
+        for flag, measured in speeds.items():
             with (
                 tempfile.TemporaryDirectory() as out,
-                mock.patch.object(script, "draw_plates", lambda per_class, seed: plates),
+                mock.patch.object(sampler, "draw_plates", lambda per_class, seed: plates),
                 contextlib.redirect_stdout(None),
             ):
-                command = f"{flag} --epochs 20 --steps 20 --log-every 10 --out {out}".split()
-                script.main([*command, *options])
+                length = ["--epochs", "20", "--steps", "20", "--log-every", "10"]
+                script.main([flag, *length, "--out", out, *options])
                 line = (Path(out) / "log.jsonl").read_text().splitlines()[-1]
-            list_.append(json.loads(line)["images_per_second"])
-    return [statistics.median(list_) for list_ in speeds.values()]
+            measured.append(json.loads(line)["images_per_second"])
+    return [statistics.median(measured) for measured in speeds.values()]
 
 
 def main(argv=None):

@@ -23,6 +23,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import types
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,22 +35,27 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import msn
 import pmsn
-from sampler import power_law_prior
+import sampler
 
 ROOT = Path(msn.__file__).parent
 # About 780 steps of 128 images on either, the warm-up a quarter of them.
 DATA = {
-    "long-tailed": "--long-tail 1 --epochs 86 --warmup 20".split(),
-    "balanced": "--epochs 2 --warmup 0.5".split(),
+    "long-tailed": ["--long-tail", "1", "--epochs", "86", "--warmup", "20"],
+    "balanced": ["--epochs", "2", "--warmup", "0.5"],
 }
 METHODS = {"MSN": ["msn.py"]}
-METHODS |= {f"PMSN {e}": ["pmsn.py", "--exponent", e] for e in ("0.25", "0.5", "1.0")}
-SEEDS = 0, 1, 2
+for exponent in ("0.25", "0.5", "1.0"):
+    METHODS[f"PMSN {exponent}"] = ["pmsn.py", "--exponent", exponent]
+SEEDS = (0, 1, 2)
 RESULT = "linear_eval_plates_digits.json"
 
-VALUES, TAIL = (2, 4), 2.0  # of the toy's digits; b's k-th has a share proportional to k**-TAIL
+VALUES = (2, 4)  # of the toy's digits
+TAIL = 2.0  # b's k-th value has a share proportional to k**-TAIL
 PRIORS = {"uniform": 0.0, "matching": TAIL}
 TOY_SEEDS = range(12)
+TRAINING = (2, 3, 4, 5, 6, 7)  # seeds of the toy's plates
+TEST = (8, 9)
+DRAWINGS = 50  # of each number, by each seed
 PLATES = dict(hidden=256, output=32, lr=3e-3, noise=0.1)
 CODES = dict(hidden=64, output=16, lr=1e-2, codes=True)
 FORMS = {
@@ -102,7 +108,8 @@ def told(prototype, digit):
     of two arrays (N,) of integers, by the second's entropy."""
     joint = np.zeros((prototype.max() + 1, digit.max() + 1))
     np.add.at(joint, (prototype, digit), 1 / len(digit))
-    rows, columns = joint.sum(axis=1), joint.sum(axis=0)
+    rows = joint.sum(axis=1)
+    columns = joint.sum(axis=0)
 
     def entropy(p):
         return -(p[p > 0] * np.log(p[p > 0])).sum()
@@ -118,22 +125,29 @@ class NoEncoder(nn.Module):
 
 
 @functools.cache
-def toy_plates(seeds):
-    """Plates a 0 b of some drawings: standardised images (N, 1, 32, 32), a and b (N,) each."""
-    drawn = [msn.draw_plates(50, seed) for seed in seeds]
-    images, digits = (torch.cat(x) for x in zip(*[(x, labels["digits"]) for x, labels in drawn]))
-    chosen = digits[:, 1] == 0
-    pixels = msn.normalise(images[chosen].float() / 255, standardise=True)
-    return pixels, digits[chosen, 0], digits[chosen, 2]
+def toy_plates(drawings, seed):
+    """Plates a 0 b: standardised images (N, 1, 32, 32), a and b (N,) each, N = 100 drawings."""
+    images, labels = sampler.draw_plates(drawings, seed)
+    chosen = labels["digits"][:, 1] == 0
+    digits = labels["digits"][chosen]
+    images = msn.normalise(images[chosen].float() / 255, standardise=True)
+    return images, digits[:, 0], digits[:, 2]
 
 
 def toy_data(seeds, codes):
     """Plates whose a and b are of VALUES: images, or codes (N, 4), one-hot for a, then for b; which
     values they have, (N,) each, and N for each of the four numbers."""
-    images, *digits = toy_plates(seeds)
-    kept = torch.isin(torch.stack(digits), torch.tensor(VALUES)).all(dim=0)
-    a, b = ((digit[kept] == VALUES[1]).long() for digit in digits)
-    images = torch.cat([F.one_hot(a), F.one_hot(b)], dim=1).float() if codes else images[kept]
+    values = torch.tensor(VALUES)
+    kept = []
+    for seed in seeds:
+        images, a, b = toy_plates(DRAWINGS, seed)
+        chosen = torch.isin(a, values) & torch.isin(b, values)
+        kept.append([images[chosen], a[chosen], b[chosen]])
+    images, a, b = (torch.cat(parts) for parts in zip(*kept))
+    a = (a == VALUES[1]).long()
+    b = (b == VALUES[1]).long()
+    if codes:
+        images = torch.cat([F.one_hot(a), F.one_hot(b)], dim=1).float()
     cells = torch.stack([(2 * a + b == cell).nonzero()[:, 0] for cell in range(4)])
     return images, a, b, cells
 
@@ -144,30 +158,38 @@ def toy(exponent, seed, hidden, output, lr, noise, codes=False, drawings=True, s
     the last tenth of the steps. drawings: whether the two views are of two drawings of a number."""
     rng = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    images, _, _, cells = toy_data((2, 3, 4, 5, 6, 7), codes)
+    images, _, _, cells = toy_data(TRAINING, codes)
     model = msn.MSN(NoEncoder(), images[0].numel(), hidden, output, num_prototypes=2)
     target = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(msn.parameter_groups(model))
-    prior, tail, losses = power_law_prior(2, exponent), power_law_prior(2, TAIL), []
-    options = dict(lr=lr, weight_decay=0.01, ema=0.99, clip=3.0, temperature=0.1, sharpen=0.25)
-    options |= dict(prior=prior, prior_weight=1.0, sinkhorn=True)
+    prior = sampler.power_law_prior(2, exponent)
+    tail = sampler.power_law_prior(2, TAIL)
+    rates = dict(lr=lr, weight_decay=0.01, ema=0.99)
+    args = types.SimpleNamespace(
+        bf16=False, temperature=0.1, sharpen=0.25, prior_weight=1.0, sinkhorn=True, clip=3.0
+    )
+    losses = []
     for _ in range(steps):
         cell = 2 * torch.randint(2, (128,), generator=rng)  # a is balanced
         cell += torch.multinomial(tail, 128, replacement=True, generator=rng)  # b is not
-        which, views = torch.randint(cells.shape[1], (2, 128), generator=rng), []
+        which = torch.randint(cells.shape[1], (2, 128), generator=rng)
+        views = []
         for number in which if drawings else which[:1].expand(2, -1):
             view = images[cells[cell, number]]
             if not codes:  # light on dark or dark on light
                 view = view * (torch.randint(2, (128, 1, 1, 1), generator=rng) * 2 - 1)
             views.append(view + noise * torch.randn(view.shape, generator=rng))
-        terms, *_ = pmsn.pmsn_step(model, target, optimizer, views, None, **options)
-        losses.append(terms[1])
-    images, a, b, _ = toy_data((8, 9), codes)
+        target_view, anchor_view = views
+        metrics, _ = pmsn.pmsn_step(
+            model, target, optimizer, target_view, [anchor_view], None, prior, rates, args
+        )
+        losses.append(metrics["loss"].detach())
+    images, a, b, _ = toy_data(TEST, codes)
     with torch.no_grad():
         z, prototypes = target.eval()([images])
     prototype = msn.log_assignment(z, prototypes, 0.1).argmax(dim=1).numpy()
-    held = [max(told(prototype, digit.numpy()), 0.0) for digit in (a, b)]
-    return *held, torch.stack(losses[-steps // 10 :]).mean().item()
+    of_a, of_b = (max(told(prototype, digit.numpy()), 0.0) for digit in (a, b))
+    return of_a, of_b, torch.stack(losses[-steps // 10 :]).mean().item()
 
 
 def toy_path(out, form, exponent, seed):

@@ -1,22 +1,21 @@
 """--bf16: the same training but for rounding, weights stay float32; off on CPUs by default."""
 
-import json
-
-import benchmark
 import pytest
 import torch
-from test_readme import SCRIPTS, SHORT
+from runs import SIAMESE, each_script, run
 
-TOY = dict(image_size=32, patch_size=8, dim=32, depth=1, heads=2)
-TOY |= dict(decoder_dim=16, decoder_depth=1, decoder_heads=2)
+import sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_losses_agree_to_the_precision_of_bf16(name, tmp_path, monkeypatch):
-    script = SCRIPTS[name]
-    images, labels = script.draw_plates(1, seed=0)
-    monkeypatch.setattr(script, "draw_plates", lambda per_class, seed: (images, labels))
-    losses, weights, kinds = [], [], set()
+@each_script
+def test_losses_agree_to_the_precision_of_bf16(script, tmp_path, monkeypatch):
+    plates = sampler.draw_plates(1, seed=0)
+    monkeypatch.setattr(sampler, "draw_plates", lambda per_class, seed: plates)
+    losses = []
+    weights = []
+    kinds = set()
     linear = torch.nn.functional.linear
 
     def spied(x, *rest):
@@ -26,12 +25,11 @@ def test_losses_agree_to_the_precision_of_bf16(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", spied)
     for flag in ("--no-bf16", "--bf16"):
-        out = tmp_path / flag[2:]
-        options = [flag, "--out", str(out), "--steps", "3", "--log-every", "1"]
-        script.main([*options, *SHORT[script], "--batch-size", "64", "--warmup", "0"])
-        lines = (out / "log.jsonl").read_text().splitlines()
-        losses.append(torch.tensor([json.loads(line)["loss"] for line in lines]))
-        state = torch.load(out / "checkpoint.pt", weights_only=True)
+        options = flag, "--steps", 3, "--log-every", 1, "--batch-size", 64, "--warmup", 0
+        if script in SIAMESE:
+            options += ("--stem", *script.RECIPES["plates"]["stem"])
+        state, log = run(script, tmp_path / flag[2:], *options)
+        losses.append(torch.tensor([line["loss"] for line in log]))
         assert state["options"]["bf16"] == (flag == "--bf16")
         weights.append(state["encoder"])
         assert (torch.bfloat16 in kinds) == (flag == "--bf16")
@@ -41,14 +39,7 @@ def test_losses_agree_to_the_precision_of_bf16(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gpu", [False, True])
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_the_default_is_on_with_a_gpu_alone(name, gpu, monkeypatch):
+@each_script
+def test_the_default_is_on_with_a_gpu_alone(script, gpu, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    assert SCRIPTS[name].parse_args([]).bf16 == gpu
-
-
-def test_benchmarks_measure():
-    some, all_ = benchmark.mask(5, 32, **TOY | dict(image_size=64, patch_size=4, depth=4))
-    assert some < 0.7 * all_  # 65 of 257 tokens are encoded
-    options = [*SHORT[SCRIPTS["mae.py"]], "--batch-size", "64"]
-    assert all(speed > 0 for speed in benchmark.bf16("mae", 1, *options))
+    assert script.parse_args([]).bf16 == gpu

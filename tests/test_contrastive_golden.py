@@ -2,10 +2,8 @@
 
 import copy
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,20 +16,28 @@ from torch.nn.parallel import DistributedDataParallel
 import simclr
 import vicreg
 
-GOLDEN, ROOT = Path(__file__).parent / "golden", Path(simclr.__file__).parent
-NT_XENT, VICREG = np.load(GOLDEN / "simclr_loss.npz"), np.load(GOLDEN / "vicreg_loss.npz")
-LARS, SCHEDULES = np.load(GOLDEN / "lars.npz"), np.load(GOLDEN / "schedules.npz")
+GOLDEN = Path(__file__).parent / "golden"
+NT_XENT = np.load(GOLDEN / "simclr_loss.npz")
+VICREG = np.load(GOLDEN / "vicreg_loss.npz")
+LARS = np.load(GOLDEN / "lars.npz")
+SCHEDULES = np.load(GOLDEN / "schedules.npz")
 TRAJECTORIES = {m: np.load(GOLDEN / f"{m.__name__}_trajectory.npz") for m in (simclr, vicreg)}
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 TEMPERATURES = pytest.mark.parametrize("t, temperature", [("t01", 0.1), ("t05", 0.5)])
 METHODS = pytest.mark.parametrize("method", [simclr, vicreg], ids=["simclr", "vicreg"])
+# Options of a step, and the names of its metrics.
+STEP = SimpleNamespace(temperature=0.1, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, bf16=False)
+METRICS = {
+    simclr: {"loss", "embedding_std"},
+    vicreg: {"loss", "invariance", "variance", "covariance"},
+}
 # BatchNorm follows, so that their gradient is 0 in exact arithmetic.
 ROUNDING = "expander.0.bias", "expander.3.bias"
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small tensors gain nothing from more, and lose much beside other programs."""
+    """Small tensors gain nothing from more threads, and lose much beside other programs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,13 +55,16 @@ def assert_loss(value, golden, dtype, rtol=1e-9):
 
 
 def assert_array(value, golden, dtype):
-    value, golden = value.double().numpy(), np.asarray(golden)
-    rtol, atol = (1e-9, 1e-12) if dtype == torch.float64 else (0, 1e-5 * np.abs(golden).max())
-    np.testing.assert_allclose(value, golden, rtol=rtol, atol=atol)
+    value = value.double().numpy()
+    golden = np.asarray(golden)
+    if dtype == torch.float64:
+        np.testing.assert_allclose(value, golden, rtol=1e-9, atol=1e-12)
+    else:
+        np.testing.assert_allclose(value, golden, rtol=0, atol=1e-5 * np.abs(golden).max())
 
 
 def distance(mine, theirs):
-    """Of arrays or tensors, as a fraction of the second's size."""
+    """How far two arrays or tensors are apart, as a fraction of the second's size."""
     mine, theirs = (torch.as_tensor(x).detach().double() for x in (mine, theirs))
     return ((mine - theirs).norm() / theirs.norm()).item()
 
@@ -82,7 +91,8 @@ def test_nt_xent_is_the_recorded_one(t, temperature, dtype):
 
 @DTYPES
 def test_nt_xent_equals_a_loop(dtype):
-    N, temperature = 5, 0.3
+    N = 5
+    temperature = 0.3
     z1, z2 = noise((N, 7), (N, 7), dtype=dtype)
     z = [v / np.linalg.norm(v) for v in torch.cat([z1, z2]).double().numpy()]
     expected = 0.0
@@ -102,12 +112,14 @@ def test_nt_xent_ignores_lengths(dtype):
     assert_array(z1.grad, NT_XENT["t01_grad_z1"], dtype)  # 0.1 is the default
 
 
-@pytest.mark.parametrize("given, wanted", [("bfloat16", "float32"), ("float64", "float64")])
+@pytest.mark.parametrize(
+    "given, wanted", [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)]
+)
 def test_losses_are_of_at_least_single_precision(given, wanted):
-    given, wanted = getattr(torch, given), getattr(torch, wanted)
     z1, z2 = noise((16, 8), (16, 8), dtype=given)
     for loss in (lambda *z: [simclr.nt_xent_loss(*z)], vicreg.vicreg_loss):
-        terms, expected = loss(z1, z2), loss(z1.double(), z2.double())
+        terms = loss(z1, z2)
+        expected = loss(z1.double(), z2.double())
         assert {term.dtype for term in terms} == {wanted}
         for term, value in zip(terms, expected, strict=True):  # inside too: the inputs are rounded
             assert abs(term - value) < 1e-5 * value.abs()
@@ -115,7 +127,8 @@ def test_losses_are_of_at_least_single_precision(given, wanted):
 
 @DTYPES
 def test_vicreg_loss_is_the_recorded_one(dtype):
-    names, inputs = ("sim", "std", "cov"), tensors(VICREG, dtype, "x", "y")
+    names = ["sim", "std", "cov"]
+    inputs = tensors(VICREG, dtype, "x", "y")
 
     def check(gradients, *coefficients):
         x, y = (z.clone().requires_grad_() for z in inputs)
@@ -141,7 +154,9 @@ def test_vicreg_loss_equals_explicit_covariances(N, D, dtype):
         z2 *= 0.3
     terms = vicreg.vicreg_loss(z1, z2, 2.0, 3.0, 5.0)
     exact = [z.detach().double().requires_grad_() for z in (z1, z2)]
-    sim, std, cov = (exact[0] - exact[1]).square().sum() / (N * D), 0.0, 0.0
+    sim = (exact[0] - exact[1]).square().sum() / (N * D)
+    std = 0.0
+    cov = 0.0
     for z in exact:
         matrix = sum(row[:, None] * row[None] for row in z - z.mean(dim=0)) / (N - 1)  # (D, D)
         std = std + (1 - (matrix.diag() + 1e-4).sqrt()).clamp(min=0).mean() / 2
@@ -156,7 +171,9 @@ def test_vicreg_loss_equals_explicit_covariances(N, D, dtype):
 
 @DTYPES
 def test_vicreg_loss_of_whitened_views_is_0(dtype):
-    N, D, atol = 20, 6, 1e-12 if dtype == torch.float64 else 1e-6
+    N = 20
+    D = 6
+    atol = 1e-12 if dtype == torch.float64 else 1e-6
     (z,) = noise((N, D))
     white = (torch.linalg.qr(z - z.mean(dim=0))[0] * math.sqrt(N - 1)).to(dtype)
     for term in vicreg.vicreg_loss(white, white):
@@ -173,7 +190,7 @@ def test_vicreg_loss_of_whitened_views_is_0(dtype):
 
 def lars_values(method, dtype, rates, lr_in_buffer, restart=None):
     """{recorded name: value after each of six steps, or the momentum after the last}."""
-    names = "weight", "bias", "bn_weight", "zero_weight"
+    names = ["weight", "bias", "bn_weight", "zero_weight"]
     params = [nn.Parameter(p) for p in tensors(LARS, dtype, *(f"init_{n}" for n in names))]
     options = [LARS[name].item() for name in ("weight_decay", "momentum", "eta")]
     optimizer = method.LARS(params, 0, *options, lr_in_buffer=lr_in_buffer)
@@ -198,7 +215,9 @@ def lars_values(method, dtype, rates, lr_in_buffer, restart=None):
 @METHODS
 def test_lars_is_the_recorded_one(method, dtype):
     inside = method is simclr
-    rtol, atol = (1e-10, 1e-13) if dtype == torch.float64 else (1e-5, 1e-6)
+    exact = dtype == torch.float64
+    rtol = 1e-10 if exact else 1e-5
+    atol = 1e-13 if exact else 1e-6
     for rates in ("var", "const"):
         mine = lars_values(method, dtype, rates, inside)
         other = lars_values(method, dtype, rates, not inside)
@@ -215,8 +234,11 @@ def test_lars_is_the_recorded_one(method, dtype):
 def test_rates_of_simclr_are_the_recorded_ones(run, batch):
     warmup, total = (int(SCHEDULES[f"simclr_{run}{name}_steps"]) for name in ("warmup", "total"))
     steps = SCHEDULES["simclr_full_steps"].tolist() if run else range(355)
-    for scaling, peak in (("linear", 0.3 * batch / 256), ("sqrt", 0.075 * math.sqrt(batch))):
-        rates = [simclr.learning_rate(t, warmup, total, peak, 0.0) for t in steps]
+    for scaling, base_lr in (("linear", 0.3), ("sqrt", 0.075 * 256 / math.sqrt(batch))):
+        args = SimpleNamespace(
+            base_lr=base_lr, batch_size=batch, warmup=warmup, epochs=total, final_lr=0.0
+        )
+        rates = [simclr.schedule(t, 1, args)["lr"] for t in steps]
         golden = SCHEDULES[f"simclr_{run}lr_{scaling}"]
         np.testing.assert_allclose(rates, golden, rtol=1e-10, atol=1e-12)
 
@@ -225,9 +247,12 @@ def test_rates_of_simclr_are_the_recorded_ones(run, batch):
 def test_rates_of_vicreg_are_the_recorded_ones(run):
     config = SCHEDULES[f"vicreg_{run}_cfg_epochs_stepsperepoch_baselr_batch"].tolist()
     epochs, epoch_steps, base_lr, batch = config
-    total, peak = int(epochs * epoch_steps), base_lr * batch / 256
+    total = int(epochs * epoch_steps)
     steps = SCHEDULES["vicreg_full_steps"].tolist() if run == "full" else range(total)
-    rates = [vicreg.learning_rate(t, 10 * epoch_steps, total, peak, 0.001 * peak) for t in steps]
+    args = SimpleNamespace(
+        base_lr=base_lr, batch_size=batch, warmup=10, epochs=epochs, final_lr=0.001
+    )
+    rates = [vicreg.schedule(t, epoch_steps, args)["lr"] for t in steps]
     np.testing.assert_allclose(rates, SCHEDULES[f"vicreg_{run}_lr"], rtol=1e-10, atol=1e-12)
 
 
@@ -236,7 +261,8 @@ def test_rates_of_vicreg_are_the_recorded_ones(run):
 
 def recorded(method, prefix):
     """{the model's name: recorded array}, of every trained parameter."""
-    golden, head = TRAJECTORIES[method], "projector" if method is simclr else "expander"
+    golden = TRAJECTORIES[method]
+    head = "projector" if method is simclr else "expander"
     return {
         name.replace("backbone", "encoder").replace("projector", head): golden[f"{prefix}/{name}"]
         for name in map(str, golden["param_names"])
@@ -244,7 +270,7 @@ def recorded(method, prefix):
 
 
 def small_model(method, dtype):
-    """-> the model of the recorded run at its start, and its trained parameters by name."""
+    """The model of the recorded run at its start, and its trained parameters by name."""
     layers = []
     for before, after in ((3, 8), (8, 16)):
         conv = nn.Conv2d(before, after, 3, 2, padding=1, bias=False)
@@ -254,7 +280,8 @@ def small_model(method, dtype):
         model = simclr.SimCLR(encoder, dim=16, hidden=16, output=12, layers=3)
     else:
         model = vicreg.VICReg(encoder, dim=16, hidden=32, output=24)
-    start, model = recorded(method, "init"), model.to(dtype)
+    start = recorded(method, "init")
+    model = model.to(dtype)
     for name, value in start.items():
         model.get_parameter(name).data.copy_(torch.from_numpy(value))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -263,24 +290,41 @@ def small_model(method, dtype):
 
 
 def train(method, dtype, steps, decay=None, flip_buffer=False, ahead=0, wrap=lambda model: model):
-    """The recorded run -> (first gradients, losses, rates, norms after each step, weights)."""
-    golden, (model, weights) = TRAJECTORIES[method], small_model(method, dtype)
+    """Repeat the recorded run, with a mistake if asked for.
+
+    Returns first gradients, losses, rates, norms after each step, and weights."""
+    golden = TRAJECTORIES[method]
+    model, weights = small_model(method, dtype)
     config = {k: v.item() for k, v in golden.items() if k.startswith("cfg_") and v.ndim == 0}
-    peak = config["cfg_base_lr"] * config["cfg_batch"] / 256
-    rates = 10, config.get("cfg_total_steps", 20), peak, 0.0 if method is simclr else 0.001 * peak
-    decay = config["cfg_weight_decay"] if decay is None else decay
-    options = decay, config["cfg_momentum"], config["cfg_eta"], (method is simclr) != flip_buffer
-    optimizer, parallel = method.LARS(weights.values(), 0, *options), wrap(model)
-    losses, lrs, norms = [], [], []
+    horizon = SimpleNamespace(
+        base_lr=config["cfg_base_lr"],
+        batch_size=config["cfg_batch"],
+        warmup=10,
+        epochs=config.get("cfg_total_steps", 20),  # of one step each
+        final_lr=0.0 if method is simclr else 0.001,
+    )
+    optimizer = method.LARS(
+        weights.values(),
+        lr=0.0,
+        weight_decay=config["cfg_weight_decay"] if decay is None else decay,
+        momentum=config["cfg_momentum"],
+        trust=config["cfg_eta"],
+        lr_in_buffer=(method is simclr) != flip_buffer,
+    )
+    parallel = wrap(model)
+    losses = []
+    lrs = []
+    norms = []
     for i in range(steps):
         x, y = (torch.from_numpy(golden[k][i % 5]).to(dtype) for k in "xy")
-        lrs.append(method.learning_rate(i + ahead, *rates))
+        lrs.append(method.schedule(i + ahead, 1, horizon)["lr"])
         if method is simclr:
-            terms = simclr.simclr_step(parallel, optimizer, torch.cat([x, y]), lrs[i], 0.1)
+            metrics = simclr.simclr_step(parallel, optimizer, torch.cat([x, y]), lrs[i], STEP)
         else:
-            terms = vicreg.vicreg_step(parallel, optimizer, x, y, lrs[i])
-        assert terms.isfinite().all() and not terms.requires_grad
-        losses.append(terms[0])
+            metrics = vicreg.vicreg_step(parallel, optimizer, x, y, lrs[i], STEP)
+        assert metrics.keys() == METRICS[method]
+        assert all(x.shape == () and x.isfinite() for x in metrics.values())
+        losses.append(metrics["loss"].detach())
         norms.append([p.detach().norm() for p in weights.values()])
         if i == 0:
             gradients = {name: p.grad.clone() for name, p in weights.items()}
@@ -292,7 +336,8 @@ def train(method, dtype, steps, decay=None, flip_buffer=False, ahead=0, wrap=lam
 
 def update_ratio(weights, method, prefix):
     """The worst parameter's distance from its recorded end, as a fraction of the way there."""
-    start, end = recorded(method, "init"), recorded(method, f"{prefix}_final")
+    start = recorded(method, "init")
+    end = recorded(method, f"{prefix}_final")
     moved = [name for name in weights if name not in ROUNDING]
     for name in weights.keys() - moved:
         np.testing.assert_allclose(weights[name].detach(), end[name], rtol=0, atol=1e-6)
@@ -305,7 +350,8 @@ def update_ratio(weights, method, prefix):
 @METHODS
 @pytest.mark.parametrize("steps", [5, 14])
 def test_steps_are_the_recorded_ones(steps, method, dtype):
-    golden, exact = TRAJECTORIES[method], dtype == torch.float64
+    golden = TRAJECTORIES[method]
+    exact = dtype == torch.float64
     prefix = f"mean_s{steps}" if method is simclr else f"s{steps}"
     gradients, losses, lrs, norms, weights = train(method, dtype, steps)
     for name, value in recorded(method, "grad0").items():
@@ -322,7 +368,7 @@ def test_steps_are_the_recorded_ones(steps, method, dtype):
 
 
 def other_batches(model):
-    """BatchNorm by view where it shall be by both, and by both where it shall be by view."""
+    """The mistake: BatchNorm of each view instead of both together (SimCLR), or the reverse."""
 
     def forward(*views):
         if len(views) == 1:
@@ -334,7 +380,7 @@ def other_batches(model):
 
 @METHODS
 def test_mistakes_exceed_the_tolerance(method):
-    """Even that of float32, tenfold: of the missing decay the losses would show little."""
+    """Of weights, at ten times float32's tolerance; losses would hardly show the missing decay."""
     mistakes = [dict(decay=0.0), dict(flip_buffer=True), dict(wrap=other_batches), dict(ahead=1)]
     for mistake in mistakes:
         *_, weights = train(method, torch.float64, 5, **mistake)
@@ -361,7 +407,7 @@ CASES = {  # recorded numbers, their prefix, inputs, and what the mistakes are c
 
 
 def joint_loss(case, rank, processes, dtype):
-    """-> this process's loss of recorded embeddings, its gradients and a linear encoder's."""
+    """This process's loss of recorded embeddings, their gradients and a linear encoder's."""
     golden, _, inputs, *_ = CASES[case]
     shares = [np.split(golden[name], processes)[rank] for name in inputs.split()]
     z1, z2, *images = (torch.from_numpy(x).to(dtype).requires_grad_() for x in shares)
@@ -387,7 +433,8 @@ def whole_step(method, rank, processes, dtype, local):
         model = simclr.SimCLR(encoder, dim, hidden=24, output=12, layers=2)
     else:
         model = vicreg.VICReg(encoder, dim, hidden=24, output=20)
-    model, views = model.to(dtype), torch.rand(2, 16, 3, 16, 16).to(dtype)
+    model = model.to(dtype)
+    views = torch.rand(2, 16, 3, 16, 16).to(dtype)
     views = views[:, 16 // processes * rank :][:, : 16 // processes]
     parallel = DistributedDataParallel(model) if dist.is_initialized() else model
     with pytest.MonkeyPatch.context() as patch:
@@ -402,7 +449,13 @@ def whole_step(method, rank, processes, dtype, local):
     return trained | dict(model.named_buffers())
 
 
+def run_processes(work, arguments, processes):
+    """Run work(rank, *arguments) in new processes, forked from a server without threads."""
+    mp.start_processes(work, arguments, processes, start_method="forkserver")
+
+
 def joint_work(rank, folder):
+    torch.set_num_threads(1)
     for processes in (4, 2, 1):
         if rank < processes:
             store = dist.FileStore(f"{folder}/{processes}", processes)
@@ -423,9 +476,7 @@ def joint_work(rank, folder):
 def joint(tmp_path_factory):
     """{number of processes: what each of them computed}."""
     folder = tmp_path_factory.mktemp("processes")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        mp.spawn(joint_work, (str(folder),), nprocs=4)
+    run_processes(joint_work, (str(folder),), processes=4)
     return {R: [torch.load(folder / f"{R} {rank}") for rank in range(R)] for R in (1, 2, 4)}
 
 
@@ -473,41 +524,45 @@ def test_processes_compute_what_one_computes(R, method, joint):
 
 # ---- 5. Memory
 
-# Linux's VmHWM, not getrusage: that of a child starts with the peak of the test's own process.
-MEMORY = """
-import sys, torch, simclr
-torch.set_num_threads(1)
 
 def status(key):
-    lines = open("/proc/self/status").read().splitlines()
+    """A line of /proc/self/status in bytes. A child's getrusage would start with our own peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
 
-def gather(z):  # the others' are constant
-    others = z.new_full((W * len(z), *z.shape[1:]), 0.1)
-    others[: len(z)] = z
-    return others
 
-def work(B):
-    z1, z2 = (torch.randn(B, 128, requires_grad=True) for _ in range(2))
-    before = status("VmRSS")
-    simclr.nt_xent_loss(z1, z2).backward()
-    return status("VmHWM") - before
+def peak_of_nt_xent(B, processes):
+    """Bytes that loss and gradient of B images need in one of so many processes, at the peak."""
 
-simclr.world_size, simclr.rank, simclr.gather = lambda: W, lambda: 0, gather
-for W in map(int, sys.argv[2:]):
-    work(8)
-    print(work(int(sys.argv[1]) // W))
-"""
+    def gather(z):  # the others' are constant
+        others = z.new_full((processes * len(z), *z.shape[1:]), 0.1)
+        others[: len(z)] = z
+        return others
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simclr, "world_size", lambda: processes)
+        patch.setattr(simclr, "rank", lambda: 0)
+        patch.setattr(simclr, "gather", gather)
+        z1, z2 = (torch.randn(B, 32, requires_grad=True) for _ in range(2))
+        before = status("VmRSS")
+        simclr.nt_xent_loss(z1, z2).backward()
+        return status("VmHWM") - before
+
+
+def measure_peaks(rank, path, N):
+    torch.set_num_threads(1)
+    peaks = []
+    for processes in (8, 1):
+        peak_of_nt_xent(8, processes)  # what the first call needs is not counted
+        peaks.append(peak_of_nt_xent(N // processes, processes))
+    torch.save(peaks, path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured on Linux")
-def test_a_process_of_8_holds_an_eighth_of_the_similarities():
-    N = 6144  # images of all processes
-    command = [sys.executable, "-B", "-c", MEMORY, str(N), "8", "1"]
-    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    share, whole = map(int, done.stdout.split())
-    logits = 2 * N // 8 * 2 * N * 4  # bytes of the process's rows: 75 MB
+def test_a_process_of_8_holds_an_eighth_of_the_similarities(tmp_path):
+    N = 4096  # images of all processes
+    run_processes(measure_peaks, (str(tmp_path / "peaks"), N), processes=1)
+    share, whole = torch.load(tmp_path / "peaks")
+    logits = 2 * N // 8 * 2 * N * 4  # bytes of the process's rows: 34 MB
     assert logits < share <= 3.2 * logits  # logits, their logarithmic softmax, a gradient
     assert 7 * share < whole < 8.5 * share

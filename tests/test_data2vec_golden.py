@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,13 +20,14 @@ MASKS, TARGETS, FORWARD, EMA, TRAJECTORY = (
     for x in ("masks", "targets", "forward", "ema", "trajectory")
 )
 TINY = dict(image_size=32, patch_size=8, dim=40, depth=4, heads=4)
+ADJUSTMENTS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
-OTHER_NORMS = "postln_only perlayerln_only instnorm_then_perlayerln plain_average".split()
+OTHER_NORMS = ["postln_only", "perlayerln_only", "instnorm_then_perlayerln", "plain_average"]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small tensors gain nothing from more, and lose much beside other programs."""
+    """Small tensors gain nothing from more threads, and lose much beside other programs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +35,7 @@ def one_thread():
 
 
 def ours(name):
-    """The name of an official tensor in Data2Vec."""
+    """The name in Data2Vec of an official tensor."""
     return name if name.startswith(("mask_token", "lm_head")) else f"encoder.{name}"
 
 
@@ -41,7 +43,7 @@ def recorded(golden, prefix, dtype):
     """The network of recorded weights, loaded strictly."""
     names = [name for name in golden.files if name.startswith(prefix) and "index" not in name]
     tensors = {ours(n.removeprefix(prefix)): torch.from_numpy(golden[n]).float() for n in names}
-    model = data2vec.Data2Vec(**TINY)
+    model = data2vec.Data2Vec(data2vec.BeiT(**TINY), TINY["dim"])
     model.load_state_dict(tensors)
     return model.to(dtype)
 
@@ -75,47 +77,87 @@ def test_masks_are_the_official_ones_draw_by_draw():
 
 def test_a_mask_is_a_function_of_seed_step_and_place_in_the_global_batch():
     class Crops:
+        images = None
+
         def __init__(self, rank, seed=0):
-            self.seed, self.rank = seed, rank
+            self.seed = seed
+            self.rank = rank
 
         def __getitem__(self, item):
             return [item] if item[0] < 9 else "broken.jpg: unreadable"
 
+    args = SimpleNamespace(image_size=32, patch_size=4, num_masked=39, min_block=4)
+
     def masks(rank, step, count, seed=0):
-        return data2vec.MaskedViews(Crops(rank, seed), 8, 39, 4)[step, range(count)][1]
+        return data2vec.MaskedViews(Crops(rank, seed), args)[step, range(count)][1]
 
     whole = masks(0, 3, 6)
     assert whole.shape == (6, 64) and whole.dtype == torch.bool and len(whole.unique(dim=0)) == 6
     assert torch.equal(whole, torch.cat([masks(0, 3, 3), masks(1, 3, 3)]))
     assert not torch.equal(whole, masks(0, 4, 6)) and not torch.equal(whole, masks(0, 3, 6, 1))
-    assert data2vec.MaskedViews(Crops(0), 8, 39, 4)[9, [1]] == "broken.jpg: unreadable"
+    assert data2vec.MaskedViews(Crops(0), args)[9, [1]] == "broken.jpg: unreadable"
 
 
 @pytest.mark.parametrize("jitter", [[0.0] * 4, [0.4, 0.4, 0.4, 0.0], [1.5, 1.5, 1.5, 0.5]])
 def test_colours_are_torchvisions_image_by_image(jitter):
     rng = torch.Generator().manual_seed(0)
     views = torch.randint(256, (128, 3, 12, 12), generator=rng, dtype=torch.uint8)
-    u, theirs, orders = torch.rand(128, 8, generator=rng), [], set()
+    u = torch.rand(128, 8, generator=rng)
+    theirs = []
+    orders = set()
     for view, numbers in zip(views, u.tolist()):
         order = sorted(range(4), key=numbers[4:].__getitem__)
         image = TF.to_dtype(view, torch.float32, scale=True)
         for kind in order:
-            name = ("brightness", "contrast", "saturation", "hue")[kind]
             amount = jitter[kind] * (2 * numbers[kind] - 1)
-            amount = amount if name == "hue" else max(1 + amount, 0)
-            image = getattr(TF, f"adjust_{name}")(image, amount)
+            if ADJUSTMENTS[kind] is not TF.adjust_hue:
+                amount = max(1 + amount, 0)  # a factor
+            image = ADJUSTMENTS[kind](image, amount)
         theirs.append(image)
         orders.add(tuple(order))
     assert len(orders) == 24
-    mine = data2vec.jitter_colours(views, u, jitter)
+    mine = data2vec.jitter_colours(
+        views.float() / 255,
+        strengths=jitter,
+        chosen=torch.ones(len(views), dtype=torch.bool),
+        amounts=u[:, :4],
+        order=u[:, 4:].argsort(dim=1),
+    )
     torch.testing.assert_close(mine, torch.stack(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.25])
+def test_inputs_are_jittered_and_normalised_crops(drop_path):
+    rng = torch.Generator().manual_seed(0)
+    crops = torch.randint(256, (1, 6, 3, 8, 8), generator=rng, dtype=torch.uint8)
+    args = SimpleNamespace(
+        jitter=[0.4, 0.4, 0.4, 0.1], standardise=True, drop_path=drop_path, depth=3
+    )
+    torch.manual_seed(5)
+    images, paths = data2vec.data2vec_inputs(crops, args, torch.device("cpu"))
+    torch.manual_seed(5)
+    u = torch.rand(6, 8)
+    theirs = []
+    for view, numbers in zip(crops[0], u.tolist()):
+        image = TF.to_dtype(view, torch.float32, scale=True)
+        for kind in sorted(range(4), key=numbers[4:].__getitem__):
+            amount = args.jitter[kind] * (2 * numbers[kind] - 1)
+            image = ADJUSTMENTS[kind](image, amount if kind == 3 else 1 + amount)
+        theirs.append((image - image.mean()) / (image.std() + 1e-3))
+    torch.testing.assert_close(images, torch.stack(theirs), rtol=0, atol=1e-4)
+    if drop_path:
+        expected = data2vec.drop_paths(torch.rand(3, 2, 6), 0.25)
+        assert torch.equal(paths, expected) and paths.shape == (3, 2, 6, 1, 1)
+    else:
+        assert paths is None
 
 
 # ---- 2. Targets and loss
 
 
 def test_targets_and_loss_are_the_official_ones():
-    layers, mask = tensor(TARGETS, "teacher_layers"), tensor(TARGETS, "mask", torch.bool).flatten(1)
+    layers = tensor(TARGETS, "teacher_layers")
+    mask = tensor(TARGETS, "mask", torch.bool).flatten(1)
     pred = tensor(TARGETS, "predictions").requires_grad_()
     target = data2vec.data2vec_targets(layers)
     assert target.dtype == torch.float32
@@ -135,7 +177,7 @@ def test_targets_and_loss_are_the_official_ones():
 
 
 @pytest.mark.parametrize("other", OTHER_NORMS)
-def test_other_normalisations_are_told_apart(other):
+def test_other_normalisations_give_another_loss(other):
     mask = tensor(TARGETS, "mask", torch.bool).flatten(1)
     target = data2vec.data2vec_targets(tensor(TARGETS, "teacher_layers"))
     loss = data2vec.data2vec_loss(tensor(TARGETS, "predictions")[mask], target[mask])
@@ -143,7 +185,7 @@ def test_other_normalisations_are_told_apart(other):
     assert abs(target.numpy() - TARGETS[f"target_all/{other}"]).max() > 1e-2
 
 
-def test_the_loss_is_that_of_a_loop_and_of_float32_at_least():
+def test_the_loss_equals_a_loop_and_is_of_at_least_single_precision():
     pred, target = torch.randn(2, 50, 7, dtype=torch.float64) * 2
     gaps = [abs(a - b) for a, b in zip(pred.flatten().tolist(), target.flatten().tolist())]
     mean = sum(d * d / 4 if d < 2 else d - 1 for d in gaps) / len(gaps)
@@ -157,7 +199,8 @@ def test_the_loss_is_that_of_a_loop_and_of_float32_at_least():
 
 @DTYPES
 def test_the_network_is_the_official_one(dtype):
-    images, mask = tensor(FORWARD, "images", dtype), tensor(FORWARD, "mask", torch.bool).flatten(1)
+    images = tensor(FORWARD, "images", dtype)
+    mask = tensor(FORWARD, "mask", torch.bool).flatten(1)
     student = recorded(FORWARD, "student/", dtype)
     target = recorded(FORWARD, "teacher/", dtype)
     encoder = student.encoder
@@ -187,11 +230,11 @@ def test_the_network_is_the_official_one(dtype):
 
 def test_sizes_names_and_initial_weights_are_the_official_ones():
     with torch.device("meta"):
-        model = data2vec.Data2Vec(image_size=224)
+        model = data2vec.Data2Vec(data2vec.BeiT(image_size=224), 768)
     assert sum(p.numel() for p in model.parameters()) == 86_256_720
     torch.manual_seed(0)
-    model = data2vec.Data2Vec(image_size=32, patch_size=4, dim=192, depth=3, heads=3)
-    encoder = model.encoder
+    encoder = data2vec.BeiT(image_size=32, patch_size=4, dim=192, depth=3, heads=3)
+    model = data2vec.Data2Vec(encoder, 192)
     for weight in (encoder.patch_embed["proj"].weight, encoder.blocks[0].attn["qkv"].weight):
         assert weight.std().item() == pytest.approx(0.0108, rel=0.03) and weight.abs().max() <= 0.02
     for number, block in enumerate(encoder.blocks, 1):
@@ -228,18 +271,14 @@ def test_random_depth_drops_branches_and_keeps_their_mean():
         )
         assert (factor == 0).double().mean().item() == pytest.approx(rate, abs=0.01)
         assert factor.mean().item() == pytest.approx(1, abs=0.01)
-    encoder, images = (
-        recorded(FORWARD, "student/", torch.float64).encoder,
-        torch.randn(2, 3, 32, 32),
-    )
-    images = images.double()
+    encoder = recorded(FORWARD, "student/", torch.float64).encoder
+    images = torch.randn(2, 3, 32, 32).double()
     paths = torch.ones(4, 2, 2, 1, 1, dtype=torch.float64)
     torch.testing.assert_close(encoder(images, paths=paths)[-1], encoder(images)[-1])
     paths[3, :, 1] = 0  # the second image leaves out the last block
     outputs = encoder(images, paths=paths)
-    assert torch.equal(outputs[3][1], outputs[2][1]) and not torch.equal(
-        outputs[3][0], outputs[2][0]
-    )
+    assert torch.equal(outputs[3][1], outputs[2][1])
+    assert not torch.equal(outputs[3][0], outputs[2][0])
     noisy = [encoder(images, dropout=0.5)[-1] for _ in range(2)]
     assert not torch.equal(*noisy)
 
@@ -247,32 +286,32 @@ def test_random_depth_drops_branches_and_keeps_their_mean():
 # ---- 4. Schedules and training
 
 
-def rates(count, **options):
-    steps = [data2vec.schedules_of(i, **options) for i in range(count)]
+def rates(count, epoch_steps=1, **options):
+    """Learning rates and EMA decays of the first `count` updates."""
+    steps = [data2vec.schedule(i, epoch_steps, SimpleNamespace(**options)) for i in range(count)]
     return torch.tensor([[x["lr"], x["ema"]] for x in steps], dtype=torch.float64).T
 
 
 def test_schedules_are_the_official_ones():
     peak, low, epochs, per_epoch, warmup = EMA["lr_cosine_config"].tolist()
+    per_epoch = int(per_epoch)
     options = dict(lr=peak, final_lr=low, ema=[0.999, 0.9998])
-    total, warmup = int(epochs * per_epoch), int(warmup * per_epoch)
-    lr, decay = rates(40, warmup=warmup, steps=total, anneal=12, **options)
+    recorded_run = options | dict(epoch_steps=per_epoch, epochs=int(epochs), warmup=warmup)
+    lr, decay = rates(40, **recorded_run, ema_anneal=12 / per_epoch)
     assert_close(lr, EMA["lr_cosine"], atol=1e-12)
     kept = [*range(12), *range(15, 20)]  # between, the official code keeps its last value
     assert_close(decay[kept], EMA["anneal_decay"][kept], atol=1e-9)
-    _, decay = rates(20, warmup=warmup, steps=total, anneal=20, **options)
+    _, decay = rates(20, **recorded_run, ema_anneal=20 / per_epoch)
     assert_close(decay, EMA["anneal_to_end_decay"], atol=1e-9)
-    _, decay = rates(10, warmup=warmup, steps=total, anneal=0, **options)
+    _, decay = rates(10, **recorded_run, ema_anneal=0)
     assert_close(decay, EMA["vitb_recipe_decay"], atol=1e-9)
-    paper = data2vec.PAPER
-    horizon = dict(warmup=6250, steps=800 * 625, anneal=0, ema=paper["ema"])
-    lr = [
-        data2vec.schedules_of(i, **horizon, lr=paper["lr"], final_lr=paper["final_lr"])["lr"]
-        for i in EMA["vitb_lr_iters"].tolist()
-    ]
+    paper = data2vec.parse_args(["--recipe", "paper"])  # of 625 steps an epoch
+    lr = [data2vec.schedule(i, 625, paper)["lr"] for i in EMA["vitb_lr_iters"].tolist()]
     assert_close(torch.tensor(lr, dtype=torch.float64), EMA["vitb_lr"], rtol=1e-9)
+    decay = [data2vec.schedule(i, 625, paper)["ema"] for i in range(10)]
+    np.testing.assert_allclose(decay, EMA["vitb_recipe_decay"], rtol=0, atol=1e-9)
     for warmup in (0, 1):
-        lr, _ = rates(4, warmup=warmup, steps=4, anneal=0, **options)
+        lr, _ = rates(4, warmup=warmup, epochs=4, ema_anneal=0, **options)
         assert lr[warmup] == peak and lr.isfinite().all()
 
 
@@ -282,26 +321,30 @@ def test_six_steps_are_the_official_ones(dtype):
     h = dict(zip(names, TRAJECTORY["hparams"].tolist()))
     model = recorded(TRAJECTORY, "sd0/", dtype)
     target = copy.deepcopy(model).requires_grad_(False)
-    groups = data2vec.beit_groups(model)
+    groups = data2vec.parameter_groups(model)
     named = {p: name.removeprefix("encoder.") for name, p in model.named_parameters()}
     for group, kind in zip(groups, ("decay_names", "no_decay_names")):
         assert {named[p] for p in group["params"]} == set(TRAJECTORY[kind].tolist())
     assert "weight_decay" not in groups[0] and groups[1]["weight_decay"] == 0
     optimizer = torch.optim.AdamW(groups, 0.0, weight_decay=h["weight_decay"], fused=True)
-    horizon = dict(warmup=int(h["warmup_epochs"] * h["iters_per_epoch"]), steps=6)
-    horizon |= dict(lr=h["peak_lr"], final_lr=h["min_lr"], anneal=h["ema_start_at"])
-    horizon |= dict(ema=[h["ema_decay_init"], h["ema_decay_end"]])
-    networks = (model, "student"), (target, "teacher")
-    suffix, precise = ("_f64", dtype == torch.float64) if dtype == torch.float64 else ("", False)
+    per_epoch = int(h["iters_per_epoch"])
+    args = SimpleNamespace(
+        warmup=h["warmup_epochs"], epochs=6 // per_epoch, lr=h["peak_lr"], final_lr=h["min_lr"],
+        ema=[h["ema_decay_init"], h["ema_decay_end"]], ema_anneal=h["ema_start_at"] / per_epoch,
+        top_k=3, beta=2.0, attention_dropout=0.0, clip=h["clip_norm"], bf16=False,
+    )  # fmt: skip
+    assert args.epochs * per_epoch == 6
+    networks = [(model, "student"), (target, "teacher")]
+    precise = dtype == torch.float64
+    suffix = "_f64" if precise else ""
     for step in range(6):
         images = tensor(TRAJECTORY, "images", dtype)[step]
         mask = tensor(TRAJECTORY, "mask", torch.bool)[step].flatten(1)
-        now = data2vec.schedules_of(step, **horizon)
+        now = data2vec.schedule(step, per_epoch, args)
         assert now["lr"] == pytest.approx(TRAJECTORY["lrs"][step], abs=1e-12)
-        terms = data2vec.data2vec_step(
-            model, target, optimizer, images, mask, **now, clip=h["clip_norm"], top_k=3
-        )
-        norm, loss, _ = terms
+        metrics = data2vec.data2vec_step(model, target, optimizer, images, mask, None, now, args)
+        assert metrics.keys() == {"loss", "target_std", "gradient_norm"}
+        loss, norm = (metrics[name] for name in ("loss", "gradient_norm"))
         assert_close(loss, TRAJECTORY[f"losses{suffix}"][step], atol=2e-6 if precise else 1e-5)
         assert_close(norm, TRAJECTORY[f"grad_norms_before_clip{suffix}"][step], rtol=1e-4)
         for network, kind in networks:

@@ -3,8 +3,8 @@
 import copy
 import functools
 import json
-import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +23,7 @@ import data2vec
 import linear_eval
 import mae
 import msn
+import sampler
 import simclr
 import vicreg
 
@@ -128,13 +129,23 @@ def fit(checkpoint, tmp_path, monkeypatch):
 
         encoder = linear_eval.load_encoder(checkpoint)
         encoder.options |= dict(image_size=2)
-        kinds = labels[:, 0] if kinds is None else kinds
-        train = pictures(len(labels), 0), labels, kinds
-        task = train, (pictures(len(test_labels), 1), test_labels, test_labels[:, 0]), classes
+        test_images = pictures(len(test_labels), 1)
+        task = linear_eval.Task(
+            data=encoder.options["data"],
+            target="class",
+            name="plates",
+            train=linear_eval.Split(
+                images=pictures(len(labels), 0),
+                labels=labels,
+                classes=labels[:, 0] if kinds is None else kinds,
+            ),
+            test=linear_eval.Split(test_images, test_labels, test_labels[:, 0]),
+            num_classes=classes,
+        )
         recipe = linear_eval.TASKS["plates"] | dict(features=list(features))
         with monkeypatch.context() as patch:
             patch.setattr(linear_eval, "load_encoder", lambda *_: encoder)
-            patch.setattr(linear_eval, "open_task", lambda *_: (*task, "class", "plates"))
+            patch.setattr(linear_eval, "open_task", lambda *_: task)
             patch.setattr(linear_eval, "features", features_of)
             patch.setitem(linear_eval.TASKS, "plates", recipe)
             out = tmp_path / "fit.json"
@@ -204,12 +215,11 @@ def test_heads_are_vissl_s():
     is not decayed, or none; Linear; SGD with Nesterov momentum; a tenth at 2/7, 4/7, 6/7."""
     (x, labels), rates = separable(300), [0.05, 0.2]
     recipe = linear_eval.TASKS["imagenet"] | dict(epochs=7, batch_size=128)
-    names = {"x batch": "batch", "x none": "none"}
-    made = {name: linear_eval.Heads(8, 1, 4, rates, norm) for name, norm in names.items()}
-    banks = torch.nn.ModuleDict(made)
+    made = {norm: linear_eval.Heads(8, 1, 4, rates, norm, reads="x") for norm in ("batch", "none")}
+    banks = torch.nn.ModuleList(made.values())
     alone = []
     for norm in ("batch", "none"):
-        for linear in copy.deepcopy(banks[f"x {norm}"].linears):
+        for linear in copy.deepcopy(made[norm].linears):
             first = torch.nn.BatchNorm1d(8) if norm == "batch" else torch.nn.Identity()
             alone.append(torch.nn.Sequential(first, linear))
     batches = batches_of(x, labels, 128)
@@ -228,7 +238,7 @@ def test_heads_are_vissl_s():
                         momenta[i] = 0.9 * momenta[i] + gradient
                         parameters[i] -= lr * (gradient + 0.9 * momenta[i])
     for i, (norm, linear) in enumerate(alone):
-        bank = banks["x batch" if i < 2 else "x none"]
+        bank = made["batch" if i < 2 else "none"]
         pairs = [(bank.linears[i % 2].weight, linear.weight)]
         pairs += [(bank.linears[i % 2].bias, linear.bias)]
         if i < 2:
@@ -269,7 +279,9 @@ def test_heads_of_mae_and_msn_normalise_as_official():
 def test_rates_of_the_methods_own_protocols(protocol, kind, peak, expected, monkeypatch):
     (x, labels), rates, step = separable(100), [], kind.step
     recipe = linear_eval.TASKS["imagenet"] | linear_eval.PROTOCOLS[protocol] | dict(batch_size=50)
-    head = linear_eval.Heads(8, 1, 4, recipe["rates"], recipe["norms"][0], recipe["std"])
+    head = linear_eval.Heads(
+        8, 1, 4, recipe["rates"], norm=recipe["norms"][0], std=recipe["std"], reads="x"
+    )
 
     def record(self, *options):
         rates.append(self.param_groups[0]["lr"])
@@ -278,8 +290,8 @@ def test_rates_of_the_methods_own_protocols(protocol, kind, peak, expected, monk
         return step(self, *options)
 
     monkeypatch.setattr(kind, "step", record)
-    bank = torch.nn.ModuleDict({"x a": head})
-    linear_eval.train_heads(bank, batches_of(x, labels, 50), 2, labels, recipe)
+    banks = torch.nn.ModuleList([head])
+    linear_eval.train_heads(banks, batches_of(x, labels, 50), 2, labels, recipe)
     assert len(rates) == 2 * (90 if protocol == "mae" else 100)
     curve = [peak * 50 / 256 * expected(i / 2) for i in range(len(rates))]
     np.testing.assert_allclose(rates, curve, rtol=1e-9, atol=1e-12)
@@ -291,7 +303,7 @@ def cosine(share):
 
 def test_linear_accuracy_equals_logistic_regression():
     """On the features of a random encoder of plates, standardised, at the same regularisation."""
-    images, labels = msn.draw_plates(4, seed=2)
+    images, labels = sampler.draw_plates(4, seed=2)
     options = dict(script="msn", seed=0, data="plates", image_size=32, patch_size=8, dim=48)
     options |= dict(depth=2, heads=3, stem=[16, 32, 32], standardise=True)
     encoder = linear_eval.new_encoder(options)
@@ -307,12 +319,13 @@ def test_linear_accuracy_equals_logistic_regression():
     expected = 100 * theirs.score(x[3000:].numpy(), digit[3000:, 0].numpy())
     # A batch of 300 and a cosine to 0, so that little of the noise of SGD is left at the end.
     recipe = linear_eval.TASKS["plates"] | dict(epochs=200, batch_size=300, cosine=True, final=0.0)
-    bank = torch.nn.ModuleDict({"x none": linear_eval.Heads(48, 1, 10, [1.0], "none")})
-    linear_eval.train_heads(bank, batches_of(x[:3000], digit, 300), 10, digit[:3000], recipe)
-    ours = linear_eval.accuracy(bank["x none"], x[3000:], digit[3000:]).item()
+    heads = linear_eval.Heads(48, 1, 10, [1.0], "none", reads="x")
+    banks = torch.nn.ModuleList([heads])
+    linear_eval.train_heads(banks, batches_of(x[:3000], digit, 300), 10, digit[:3000], recipe)
+    ours = linear_eval.accuracy(heads, x[3000:], digit[3000:]).item()
     assert expected > 20 and abs(ours - expected) <= 0.5
     weight = torch.from_numpy(theirs.coef_).float()
-    found = bank["x none"].linears[0].weight
+    found = heads.linears[0].weight
     assert F.cosine_similarity(found.flatten(), weight.flatten(), dim=0) > 0.999
 
 
@@ -368,7 +381,9 @@ def test_neighbours_vote_by_their_cosine():
             for i in nearest:
                 votes[labels[i, t]] += np.exp(cosine[i].item() / 0.07)
             right[t] += np.argmax(votes) == label[t]
-    found = linear_eval.knn_accuracy(x, labels, test, test_labels, 7, 3)
+    train = linear_eval.Examples(torch.arange(90), dict(x=x), labels)
+    tested = linear_eval.Examples(torch.arange(30), dict(x=test), test_labels)
+    found = linear_eval.knn_accuracy(train, tested, "x", k=7, num_classes=3)
     np.testing.assert_allclose(found, 100 * right / 30)
 
 
@@ -395,7 +410,7 @@ def test_subsets_of_the_training_set(tmp_path, capsys):
 
 
 def test_augmented_images_follow_from_seed_epoch_and_index(folder):
-    (paths, *_), *_ = linear_eval.open_task(str(folder), None)
+    paths = linear_eval.open_task(str(folder)).train.images
     images = linear_eval.Images(paths, 16, "crop", False, seed=3)
     first, again = images[0, [4, 7]], images[0, [7, 4]]
     assert first.shape == (2, 3, 16, 16) and torch.equal(first[0], again[1])
@@ -421,7 +436,7 @@ def test_augmented_images_follow_from_seed_epoch_and_index(folder):
 def test_evaluates_a_folder(checkpoint, folder, tmp_path, capsys, mode):
     reports = []
     for name in ("a.json", "b.json"):
-        options = "--epochs 10 --batch-size 16 --workers 0 --out".split() + [str(tmp_path / name)]
+        options = "--epochs 5 --batch-size 16 --workers 0 --out".split() + [str(tmp_path / name)]
         linear_eval.main([str(checkpoint), *mode, *options, "--knn", "3", "--nearest", "5"])
         reports.append(json.loads((tmp_path / name).read_text()))
     report = reports[0]
@@ -467,24 +482,42 @@ def test_the_methods_own_protocols_run(protocol, checkpoint, tmp_path):
     assert report["top1"] >= 50
 
 
-@pytest.mark.parametrize("mode", [[], ["--cached"]])
-def test_two_processes_equal_one_to_the_last_digit(checkpoint, folder, tmp_path, mode):
-    """The file alone, in an empty folder; parts of training and test set are never even."""
-    reports, script = [], shutil.copy(ROOT / "linear_eval.py", tmp_path)
-    for processes in (1, 2):
-        out = tmp_path / f"{processes}.json"
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc_per_node={processes}", str(script), str(checkpoint)]
-        command += ["--train-fraction", "0.99", "--epochs", "2", "--batch-size", "20"]
-        command += [*mode, "--workers", "0", "--out", str(out), "--knn", "2"]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("untrained") == 1
-        reports.append(json.loads(out.read_text()))
-    assert reports[0] == reports[1]
+BOTH_MODES = """
+import os, runpy, sys
+port, script, *options = sys.argv[1:]
+for mode in ([], ["--cached"]):
+    sys.argv = [script, *options, "--out", f"two{len(mode)}.json", *mode]
+    runpy.run_path(script, run_name="__main__")
+    os.environ["MASTER_PORT"] = port  # torchrun's own store remembers the first group's addresses
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+"""
+
+
+def test_two_processes_equal_one_to_the_last_digit(
+    checkpoint, folder, tmp_path, capsys, one_thread
+):
+    """The file with sampler.py, in an empty folder; parts of training and test set are never even.
+
+    torchrun's processes evaluate in both modes: to start them takes longer than to evaluate."""
+    script = shutil.copy(ROOT / "linear_eval.py", tmp_path)
+    shutil.copy(ROOT / "sampler.py", tmp_path)
+    (tmp_path / "both_modes.py").write_text(BOTH_MODES)
+    options = [str(checkpoint), "--train-fraction", "0.99", "--epochs", "2", "--batch-size", "20"]
+    options += ["--workers", "0", "--knn", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node=2", str(tmp_path / "both_modes.py")]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        command += [str(server.getsockname()[1]), str(script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("untrained") == 2
+    for mode in ([], ["--cached"]):
+        out = tmp_path / f"one{len(mode)}.json"
+        linear_eval.main([*options, *mode, "--out", str(out)])
+        assert capsys.readouterr().out.count("untrained") == 1
+        two = json.loads((tmp_path / f"two{len(mode)}.json").read_text())
+        assert json.loads(out.read_text()) == two
+        assert two["augment"] == ("none" if mode else "crop")
 
 
 def test_another_process_may_remove_the_file_that_tries_the_folder(
@@ -499,8 +532,8 @@ def test_another_process_may_remove_the_file_that_tries_the_folder(
 @pytest.mark.parametrize("mode", [[], ["--cached"]])
 def test_a_stopped_evaluation_goes_on(checkpoint, folder, tmp_path, monkeypatch, mode):
     def start(name):
-        options = "--epochs 4 --batch-size 16 --workers 0 --out".split() + [str(tmp_path / name)]
-        linear_eval.main([str(checkpoint), *mode, *options])
+        options = "--epochs 4 --batch-size 16 --workers 0 --no-untrained --out".split()
+        linear_eval.main([str(checkpoint), *mode, *options, str(tmp_path / name)])
         return json.loads((tmp_path / name).read_text())
 
     whole, factor, epochs = start("whole.json"), linear_eval.rate_factor, []
@@ -551,7 +584,7 @@ def test_evaluates_the_trained_and_the_untrained_encoder(checkpoint, tmp_path, m
     assert json.loads(report.read_text())["step"] == 7
 
 
-def test_evaluates_plates(tmp_path, capsys):
+def test_evaluates_plates(tmp_path, capsys, few_plates):
     msn.main([*TINY, "--steps", "1", "--out", str(tmp_path)])
     capsys.readouterr()
     linear_eval.main([str(tmp_path / "checkpoint.pt"), "--epochs", "1"])
@@ -576,21 +609,19 @@ def test_encode_standardises_if_the_run_did(checkpoint):
 @pytest.mark.parametrize("script", [simclr, vicreg])
 @pytest.mark.parametrize("arch", ["small", "resnet18"])
 def test_residual_networks_are_evaluated_on_the_pixels_of_their_run(script, arch, folder, tmp_path):
-    options = f"--data {folder} --recipe plates --arch {arch} --batch-size 16 --steps 2 --seed 3"
-    options += f" --hidden 16 --output 8 --workers 0 --out {tmp_path}"
+    options = f"--data {folder} --recipe plates --arch {arch} --batch-size 8 --steps 2 --seed 3"
+    options += f" --image-size 16 --hidden 16 --output 8 --workers 0 --out {tmp_path}"
     script.main(options.split())
     encoder = linear_eval.load_encoder(tmp_path / "checkpoint.pt")
-    images = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8)
+    images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
     x = images.float() / 255  # of which SimCLR's network sees just these
     x = x if script is simclr else linear_eval.normalise(x, False)
     features = linear_eval.features(encoder, images)
     assert features.keys() == {"pooled"}
     torch.testing.assert_close(features["pooled"], encoder(x), atol=1e-5, rtol=1e-5)
     torch.manual_seed(3)
-    start, control = (
-        script.resnet(arch, 32)[0].state_dict(),
-        linear_eval.new_encoder(encoder.options),
-    )
+    start = script.resnet(arch, 16)[0].state_dict()
+    control = linear_eval.new_encoder(encoder.options)
     assert all(torch.equal(start[key], value) for key, value in control.state_dict().items())
     linear_eval.main([str(tmp_path / "checkpoint.pt"), "--epochs", "1", "--workers", "0"])
     report = json.loads((tmp_path / f"linear_eval_{folder.name}_class.json").read_text())
@@ -615,7 +646,7 @@ def test_untrained_encoders_have_the_initial_distribution(script):
         own = mae.MAE(**sizes, decoder_dim=8, decoder_depth=1, decoder_heads=1)
         own = {k: v for k, v in own.state_dict().items() if "decoder" not in k and "mask" not in k}
     elif script == "data2vec":
-        own = data2vec.Data2Vec(**sizes, layer_scale=0.1).encoder.state_dict()
+        own = data2vec.BeiT(**sizes, layer_scale=0.1).state_dict()
         sizes |= dict(layer_scale=0.1)
         for i in (0, 1):  # it scales the branches down by their depth
             for layer in ("attn.proj", "mlp.fc2"):
@@ -637,16 +668,15 @@ def test_untrained_encoders_have_the_initial_distribution(script):
             assert torch.equal(found, weight), name
 
 
-def test_plates_targets(monkeypatch):
-    monkeypatch.setattr(linear_eval, "draw_plates", functools.cache(linear_eval.draw_plates))
+def test_plates_targets():
     for target, shape in dict(digits=3, number=1, count=1, size=1).items():
-        train, (test, _, _), classes, *named = linear_eval.open_task("plates", target)
-        images, labels, kinds = train
-        assert torch.equal(kinds, torch.arange(1000).repeat_interleave(50))
-        assert (len(images), len(test)) == (50000, 10000) and labels.shape == (50000, shape)
-        assert classes == dict(digits=10, number=1000, count=4, size=3)[target]
-        assert named == [target, "plates"]
-    assert linear_eval.open_task("plates", None)[3] == "digits"
+        task = linear_eval.open_task("plates", target)
+        assert torch.equal(task.train.classes, torch.arange(1000).repeat_interleave(50))
+        assert (len(task.train.images), len(task.test.images)) == (50000, 10000)
+        assert task.train.labels.shape == (50000, shape)
+        assert task.num_classes == dict(digits=10, number=1000, count=4, size=3)[target]
+        assert (task.target, task.name) == (target, "plates")
+    assert linear_eval.open_task("plates", None).target == "digits"
 
 
 def test_groups_of_frequent_and_of_rare_classes():
@@ -681,7 +711,8 @@ def test_of_a_long_tailed_run_the_groups_are_told(checkpoint, tmp_path, capsys):
         state["options"]["long_tail"] = exponent
         torch.save(state, tmp_path / "tail.pt")
         out = tmp_path / "tail.json"
-        linear_eval.main([str(tmp_path / "tail.pt"), "--out", str(out), "--workers", "0"])
+        options = ["--out", str(out), "--workers", "0", "--cached", "--epochs", "2"]
+        linear_eval.main([str(tmp_path / "tail.pt"), *options])
         lines[exponent], best = capsys.readouterr().out, json.loads(out.read_text())["best"]
         assert len(best["frequent"]) == len(best["rare"]) == 1
     assert "rarer half" not in lines[0.0]
@@ -709,9 +740,11 @@ def test_bad_input(checkpoint, folder, tmp_path, capsys):
     message = refused(capsys, checkpoint, "--target", "digits")
     assert "--target digits" in message and "class" in message
     assert "not writable" in refused(capsys, checkpoint, "--out", checkpoint / "x.json")
-    assert "--epochs 0" in refused(capsys, checkpoint, "--epochs", 0)
+    assert "--epochs 0: give a whole number of at least 1" in refused(
+        capsys, checkpoint, "--epochs", 0
+    )
     assert "unrecognized" in refused(capsys, checkpoint, "--nonsense")
-    assert "--rates [0.0]" in refused(capsys, checkpoint, "--rates", 0)
+    assert "--rates 0: give a number above 0" in refused(capsys, checkpoint, "--rates", 0)
     for choice in ("0", "1.5", "-0.1", "x-per-class", "0-per-class", tmp_path / "no_list"):
         assert f"--train-fraction {choice}" in refused(
             capsys, checkpoint, f"--train-fraction={choice}"
@@ -790,9 +823,9 @@ def study(tmp_path_factory):
     for i, (path, _) in enumerate(rows):
         picture(root / "Places/data/vision/torralba/deeplearning/images256" / path, i)
     for split, first in (("train", 0), ("val", 6)):
-        names = [f"train_val2018/Aves/{i % 3 + 4000}/{i}.jpg" for i in range(first, first + 6)]
+        names = [f"train_val2018/Aves/{i % 3 + 40}/{i}.jpg" for i in range(first, first + 6)]
         images = [dict(id=10 * i, file_name=name) for i, name in enumerate(names)]
-        labels = [dict(image_id=10 * i, category_id=i % 3 + 4000) for i in reversed(range(6))]
+        labels = [dict(image_id=10 * i, category_id=i % 3 + 40) for i in reversed(range(6))]
         for i, name in enumerate(names):
             picture(root / "iNat" / name, first + i)
         listing = json.dumps(dict(images=images, annotations=labels))
@@ -802,34 +835,39 @@ def study(tmp_path_factory):
 
 def test_the_studys_data_sets_are_read_as_published(study):
     golden = json.loads((GOLDEN / "clevr_labels.json").read_text())
+    data = str(study / "CLEVR_v1.0")
     for target, name in (("count", "count_label"), ("dist", "dist_label")):
-        data = str(study / "CLEVR_v1.0")
-        train, test, classes, chosen, task = linear_eval.open_task(data, target)
-        assert (chosen, task) == (target, f"clevr-{target}")
-        again = linear_eval.open_task(data, None, task)
-        assert torch.equal(again[0][1], train[1]) and again[3:] == (target, task)
+        task = linear_eval.open_task(data, target)
+        assert (task.target, task.name) == (target, f"clevr-{target}")
+        again = linear_eval.open_task(data, None, task.name)
+        assert torch.equal(again.test.labels, task.test.labels)
+        assert (again.target, again.name) == (task.target, task.name)
         expected = [row[name] for row in golden["expected"]]
-        assert classes == max(expected) + 1
-        for images, labels, _ in (train, test):
-            assert labels[:, 0].tolist() == expected
-            assert [Path(x).name for x in images] == [x["image_filename"] for x in golden["scenes"]]
-        assert "/images/train/" in train[0][0] and "/images/val/" in test[0][0]
-    assert linear_eval.open_task(str(study / "CLEVR_v1.0"), None)[3] == "count"
+        assert task.num_classes == max(expected) + 1
+        for split in (task.train, task.test):
+            assert split.labels[:, 0].tolist() == expected
+            names = [scene["image_filename"] for scene in golden["scenes"]]
+            assert [Path(path).name for path in split.images] == names
+        assert "/images/train/" in task.train.images[0] and "/images/val/" in task.test.images[0]
+    assert linear_eval.open_task(data, None).target == "count"
     kitti = json.loads((GOLDEN / "kitti_labels.json").read_text())
     expected = {Path(row["file"]).stem: row["label"] for row in kitti["expected"]}
-    train, test, _, *named = linear_eval.open_task(str(study / "KITTI"), None)
-    assert named == ["dist", "kitti-dist"] and (len(train[0]), len(test[0])) == (16, 4)
-    assert {Path(x).stem for x in train[0] + test[0]} == expected.keys()
-    for images, labels, _ in (train, test):
-        assert labels[:, 0].tolist() == [expected[Path(x).stem] for x in images]
-    train, test, classes, *named = linear_eval.open_task(str(study / "iNat"), None)
-    assert named == ["class", "inat18"] and classes == 4003  # as in the lists, not by folders
-    for images, labels, _ in (train, test):
-        assert [int(Path(x).parent.name) for x in images] == labels[:, 0].tolist()
-    train, test, classes, *named = linear_eval.open_task(str(study / "Places"), None)
-    assert classes == 205 and named == ["class", "places205"]
-    assert train[1][:, 0].tolist() == [0, 7, 204]
-    assert train[0][2].endswith("images256/z/zen garden/3.jpg")
+    task = linear_eval.open_task(str(study / "KITTI"), None)
+    assert (task.target, task.name) == ("dist", "kitti-dist")
+    assert (len(task.train.images), len(task.test.images)) == (16, 4)
+    assert {Path(path).stem for path in task.train.images + task.test.images} == expected.keys()
+    for split in (task.train, task.test):
+        assert split.labels[:, 0].tolist() == [expected[Path(path).stem] for path in split.images]
+    task = linear_eval.open_task(str(study / "iNat"), None)
+    assert (task.target, task.name) == ("class", "inat18")
+    assert task.num_classes == 43  # as in the lists, not by folders
+    for split in (task.train, task.test):
+        folders = [int(Path(path).parent.name) for path in split.images]
+        assert folders == split.labels[:, 0].tolist()
+    task = linear_eval.open_task(str(study / "Places"), None)
+    assert task.num_classes == 205 and (task.target, task.name) == ("class", "places205")
+    assert task.train.labels[:, 0].tolist() == [0, 7, 204]
+    assert task.train.images[2].endswith("images256/z/zen garden/3.jpg")
 
 
 @pytest.mark.parametrize(
@@ -846,7 +884,8 @@ def test_the_studys_data_sets_are_evaluated_by_vissls_recipes(
     data, target, epochs, augment, study, checkpoint, tmp_path
 ):
     options = ["--data", str(study / data), "--target", target, "--workers", "0"]
-    linear_eval.main([str(checkpoint), *options, "--out", str(tmp_path / "r.json")])
+    options += ["--no-untrained", "--out", str(tmp_path / "r.json")]
+    linear_eval.main([str(checkpoint), *options])
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["task"] == f"{study / data} {target}" and report["epochs"] == epochs
     assert 0 <= report["top1"] <= 100 and len(report["heads"]) == 3 * 2 * 3
@@ -860,7 +899,7 @@ def test_cifar100_is_flipped_and_its_val_is_the_test_set(checkpoint, tmp_path, m
             self.targets = list(range(100)) * (2 if train else 1)
             self.data = rng.integers(256, size=(len(self.targets), 32, 32, 3), dtype=np.uint8)
 
-    monkeypatch.setattr(linear_eval, "CIFAR100", Cifar)
+    monkeypatch.setattr(sampler, "CIFAR100", Cifar)
     options = ["--data", "cifar100", "--epochs", "1", "--out", str(tmp_path / "r.json")]
     linear_eval.main([str(checkpoint), *options])
     report = json.loads((tmp_path / "r.json").read_text())
@@ -870,7 +909,7 @@ def test_cifar100_is_flipped_and_its_val_is_the_test_set(checkpoint, tmp_path, m
 
 
 def test_clevr_is_squashed_and_its_rate_falls_by_a_cosine(study, monkeypatch):
-    images, *_ = linear_eval.open_task(str(study / "CLEVR_v1.0"), "count")[0]
+    images = linear_eval.open_task(str(study / "CLEVR_v1.0"), "count").train.images
     whole = linear_eval.Images(images, 16, "flip", True, 0)[None, [0]][0]
     assert whole.shape == (3, 16, 16)
     with Image.open(images[0]) as file:
@@ -972,16 +1011,21 @@ def test_a_released_data2vec_gives_its_features(tmp_path):
     torch.testing.assert_close(found["cls"], tokens[:, 0], rtol=1e-5, atol=1e-5)
 
 
+@functools.cache
+def jittered_resnet(arch):
+    return jittered(dict(resnet18=models.resnet18, resnet50=models.resnet50)[arch]())
+
+
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 @pytest.mark.parametrize("prefix", ["", "module.backbone.", "module.encoder."])
 def test_released_resnets_give_their_features(arch, prefix, tmp_path):
-    theirs = jittered(getattr(models, arch)())
+    theirs = copy.deepcopy(jittered_resnet(arch))
     state = prefixed(theirs.state_dict(), prefix)
     state |= {"module.projector.0.weight": torch.ones(2, 2)} if prefix else {}
     torch.save({"model": state} if prefix else state, tmp_path / "released.pth")
     theirs.fc = torch.nn.Identity()
     encoder = linear_eval.load_encoder(tmp_path / "released.pth")
-    images = torch.randint(256, (2, 3, 224, 224), dtype=torch.uint8)
+    images = torch.randint(256, (2, 3, 96, 96), dtype=torch.uint8)
     with torch.no_grad():
         expected = theirs(linear_eval.normalise(images.float() / 255, False))
     found = linear_eval.features(encoder, images)["pooled"]

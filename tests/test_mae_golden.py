@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ import torch
 import mae
 
 GOLDEN = Path(__file__).parent / "golden"
-FORWARD, POSITIONS = np.load(GOLDEN / "mae_forward.npz"), np.load(GOLDEN / "mae_posembed.npz")
-SCHEDULE, TRAJECTORY = (np.load(GOLDEN / f"mae_{x}.npz") for x in ("schedule", "trajectory"))
+FORWARD = np.load(GOLDEN / "mae_forward.npz")
+POSITIONS = np.load(GOLDEN / "mae_posembed.npz")
+SCHEDULE = np.load(GOLDEN / "mae_schedule.npz")
+TRAJECTORY = np.load(GOLDEN / "mae_trajectory.npz")
 TINY = dict(image_size=32, patch_size=8, dim=64, depth=2, heads=2)
 TINY |= dict(decoder_dim=32, decoder_depth=1, decoder_heads=2)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
@@ -21,7 +24,7 @@ LOSSES = pytest.mark.parametrize("norm_pix_loss", [False, True], ids=["rawpix", 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small tensors gain nothing from more, and lose much beside other programs."""
+    """Small tensors gain nothing from more threads, and lose much beside other programs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -158,11 +161,11 @@ def test_parameter_counts_and_released_layouts():
     assert sum(trained.values()) == 111_655_680
     encoder = {name for name in trained if not name.startswith(("decoder", "mask"))}
     assert sum(trained[name] for name in encoder) == 85_647_360
-    groups = mae.decay_groups(model)
+    groups = mae.parameter_groups(model)
     assert [len(group["params"]) for group in groups] == [85, 167]
     with torch.device("meta"):
         theirs = timm.create_model("vit_base_patch16_224", num_classes=0).state_dict()
-    own = mae.encoder_state(model)
+    own = mae.EncoderOf(model).state_dict()
     assert {n: x.shape for n, x in own.items()} == {n: x.shape for n, x in theirs.items()}
 
 
@@ -170,7 +173,7 @@ def test_timm_computes_the_same_features():
     model = mae.MAE(**TINY)
     sizes = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=2, num_classes=0)
     theirs = timm.models.VisionTransformer(**sizes).eval()
-    theirs.load_state_dict(mae.encoder_state(model))
+    theirs.load_state_dict(mae.EncoderOf(model).state_dict())
     images = torch.rand(2, 3, 32, 32)
     tokens = model.encode(images, torch.arange(16).expand(2, -1))
     torch.testing.assert_close(theirs.forward_features(images), tokens, rtol=1e-5, atol=1e-5)
@@ -184,15 +187,15 @@ def test_schedules_are_the_official_ones():
     for case in "ABC":
         config = dict(zip(names, SCHEDULE[f"{case}_config"].tolist(), strict=True))
         images = config["batch_per_device"] * config["accum_iter"] * config["world_size"]
-        peak, per_epoch = config["blr"] * images / 256, int(config["iters_per_epoch"])
-        horizon = (
-            config["warmup_epochs"] * per_epoch,
-            config["epochs"] * per_epoch,
-            peak,
-            config["min_lr"],
-        )
+        per_epoch = int(config["iters_per_epoch"])
+        peak = config["blr"] * images / 256
+        args = SimpleNamespace(
+            base_lr=config["blr"], batch_size=images, warmup=config["warmup_epochs"],
+            epochs=int(config["epochs"]), final_lr=config["min_lr"] / peak,
+        )  # fmt: skip
         if case == "C":
-            steps, expected = SCHEDULE["C_iters"], SCHEDULE["C_lr"]
+            steps = SCHEDULE["C_iters"]
+            expected = SCHEDULE["C_lr"]
         else:
             assert peak == pytest.approx(SCHEDULE[f"{case}_peak"].item(), abs=1e-12)
             expected = SCHEDULE[f"{case}_lr_per_iter"]
@@ -201,51 +204,90 @@ def test_schedules_are_the_official_ones():
                 steps // per_epoch * per_epoch
                 + steps % per_epoch // int(config["accum_iter"]) * config["accum_iter"]
             )
-        rates = [mae.learning_rate(int(step), *horizon) for step in steps]
+        rates = [mae.schedule(int(step), per_epoch, args)["lr"] for step in steps]
         np.testing.assert_allclose(rates, expected, rtol=1e-9 * (case == "C"), atol=1e-12)
-    assert mae.learning_rate(0, *horizon) == 0
+    assert mae.schedule(0, per_epoch, args) == dict(lr=0)
+
+
+def recorded_options():
+    """The options of the recorded training, by name."""
+    names = [str(name) for name in TRAJECTORY["hparam_names"]]
+    return dict(zip(names, TRAJECTORY["hparams"].tolist(), strict=True))
+
+
+class Stopped(Exception):
+    """Ends a run at its first update."""
+
+
+def test_the_optimizer_is_the_official_one(tmp_path, monkeypatch):
+    """That of a run, which the run hands to its first update."""
+    used = []
+
+    def first_update(model, optimizer, *_):
+        used.append((model, optimizer))
+        raise Stopped
+
+    images = torch.randint(256, (8, 1, 32, 32)).byte()
+    labels = {"number": torch.arange(8)}
+    monkeypatch.setattr(mae, "open_data", lambda data, split: (images, labels))
+    monkeypatch.setattr(mae, "mae_step", first_update)
+    with pytest.raises(Stopped):
+        mae.main(["--batch-size=8", "--dim=16", "--depth=1", f"--out={tmp_path}"])
+    [(model, optimizer)] = used
+    options = recorded_options()
+    assert type(optimizer) is torch.optim.AdamW
+    assert optimizer.defaults["betas"] == (options["beta1"], options["beta2"])
+    assert optimizer.defaults["eps"] == options["adam_eps"]
+    weights, vectors = optimizer.param_groups
+    assert weights["weight_decay"] == options["weight_decay"] and vectors["weight_decay"] == 0
+    expected = mae.parameter_groups(model.module)
+    for group, members in zip(optimizer.param_groups, expected, strict=True):
+        assert [id(p) for p in group["params"]] == [id(p) for p in members["params"]]
 
 
 @DTYPES
 def test_six_training_steps_are_the_official_ones(dtype):
-    names = [str(name) for name in TRAJECTORY["hparam_names"]]
-    options = dict(zip(names, TRAJECTORY["hparams"].tolist(), strict=True))
+    options = recorded_options()
     model = mae.MAE(**TINY, norm_pix_loss=True)
     model.load_state_dict(weights(TRAJECTORY, "sd0/"))
     model.to(dtype)
-    groups = mae.decay_groups(model)
+    groups = mae.parameter_groups(model)
     named = dict(model.named_parameters())
     for key, group in zip(("decay_names", "no_decay_names"), groups, strict=True):
         members = {id(p) for p in group["params"]}
         assert {n for n, p in named.items() if id(p) in members} == set(TRAJECTORY[key].tolist())
-    optimizer = mae.optimizer_of(model, options["weight_decay"])
-    assert optimizer.defaults["betas"] == (options["beta1"], options["beta2"])
-    assert optimizer.defaults["eps"] == options["adam_eps"]
-    per_epoch, exact = int(options["iters_per_epoch"]), "_f64" * (dtype == torch.float64)
-    horizon = (
-        options["warmup_epochs"] * per_epoch,
-        options["epochs"] * per_epoch,
-        options["peak_lr"],
-        0.0,
+    betas = (options["beta1"], options["beta2"])
+    optimizer = torch.optim.AdamW(
+        groups, lr=0.0, betas=betas, weight_decay=options["weight_decay"], fused=True
     )
+    per_epoch = int(options["iters_per_epoch"])
+    exact = "_f64" if dtype == torch.float64 else ""
+    horizon = SimpleNamespace(
+        base_lr=options["peak_lr"], batch_size=256, warmup=options["warmup_epochs"],
+        epochs=int(options["epochs"]), final_lr=0.0,
+    )  # fmt: skip
+    args = SimpleNamespace(mask_ratio=0.75, bf16=False)
     for step in range(6):
-        lr = mae.learning_rate(step, *horizon)
+        lr = mae.schedule(step, per_epoch, horizon)["lr"]
         assert lr == pytest.approx(TRAJECTORY["lrs"][step], abs=1e-12)
         images, noise = (tensor(TRAJECTORY, x)[step] for x in ("images", "noise"))
         before = torch.stack([named[n].norm() for n in TRAJECTORY["param_names"]])
         assert_norms(before, TRAJECTORY[f"param_norms{exact}"][step])
-        terms, pred, mask = mae.mae_step(model, optimizer, images.to(dtype), noise, lr)
-        norm, loss = terms
+        metrics, pred, mask = mae.mae_step(model, optimizer, images.to(dtype), noise, lr, args)
+        assert metrics.keys() == {"loss", "gradient_norm"}
+        assert not pred.requires_grad and mask.sum(dim=1).tolist() == [12] * len(images)
+        loss, norm = (metrics[name] for name in ("loss", "gradient_norm"))
         assert_close(loss, TRAJECTORY[f"losses{exact}"][step], atol=1e-7 if exact else 1e-5)
         assert_close(norm, TRAJECTORY[f"grad_norms{exact}"][step], rtol=1e-6 if exact else 1e-4)
     after = torch.stack([named[n].norm() for n in TRAJECTORY["param_names"]])
     assert_norms(after, TRAJECTORY[f"param_norms{exact}"][6])
-    for name in "cls_token mask_token patch_embed.proj.bias decoder_pred.bias norm.weight".split():
+    last = ("cls_token", "mask_token", "patch_embed.proj.bias", "decoder_pred.bias", "norm.weight")
+    for name in last:
         assert_close(named[name], TRAJECTORY[f"final/{name}"], atol=1e-5)
 
 
 def assert_norms(norms, expected):
-    """The gradient of the keys' bias is rounding, which Adam magnifies."""
+    """The gradient of the keys' bias is rounding error, which Adam magnifies."""
     rounding = np.array([n.endswith("attn.qkv.bias") for n in TRAJECTORY["param_names"]])
     assert_close(norms[~rounding], expected[~rounding], rtol=2e-4, atol=1e-12)
     assert_close(norms[rounding], expected[rounding], rtol=1e-3, atol=1e-12)

@@ -1,7 +1,9 @@
 """msn.py against the official code's numbers: loss, ViT, schedules, five training steps."""
 
 import copy
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 import msn
 
 GOLDEN = Path(__file__).parent / "golden"
-LOSS, VIT = np.load(GOLDEN / "msn_loss.npz"), np.load(GOLDEN / "msn_vit.npz")
+LOSS = np.load(GOLDEN / "msn_loss.npz")
+VIT = np.load(GOLDEN / "msn_vit.npz")
 SCHEDULES = np.load(GOLDEN / "msn_schedules.npz")
 TRAJECTORY = np.load(GOLDEN / "msn_trajectory.npz")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
@@ -20,7 +23,7 @@ ROUNDING = "attn.qkv.bias", "encoder.norm.bias", "projector.0.bias", "projector.
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small tensors gain nothing from more, and lose much beside other programs."""
+    """Small tensors gain nothing from more threads, and lose much beside other programs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -37,9 +40,12 @@ def assert_loss(value, golden, dtype, rtol=1e-9):
 
 
 def assert_array(value, golden, dtype):
-    value, golden = value.double().numpy(), np.asarray(golden)
-    rtol, atol = (1e-9, 1e-12) if dtype == torch.float64 else (0, 1e-5 * np.abs(golden).max())
-    np.testing.assert_allclose(value, golden, rtol=rtol, atol=atol)
+    value = value.double().numpy()
+    golden = np.asarray(golden)
+    if dtype == torch.float64:
+        np.testing.assert_allclose(value, golden, rtol=1e-9, atol=1e-12)
+    else:
+        np.testing.assert_allclose(value, golden, rtol=0, atol=1e-5 * np.abs(golden).max())
 
 
 # ---- 1. Loss
@@ -69,7 +75,7 @@ def test_loss_and_gradients_are_the_official_ones(views, targets, weight, dtype)
 @pytest.mark.parametrize("targets", ["plain", "sinkhorn"])
 @pytest.mark.parametrize("views", ["v1", "v3"])
 def test_assignments_are_the_official_ones(views, targets, dtype):
-    """Seen through the cross-entropy of other anchors, whose every row tells of one assignment."""
+    """Seen through the cross-entropy of other anchors: each row's gradient shows one assignment."""
     names = [f"{views}_{name}" for name in ("targets", "prototypes", f"{targets}_assignments")]
     labels, prototypes, t = tensors(LOSS, dtype, *names)
     rng = torch.Generator().manual_seed(0)
@@ -87,7 +93,12 @@ def test_assignments_are_the_official_ones(views, targets, dtype):
 
 @pytest.mark.parametrize("sinkhorn", [False, True])
 def test_loss_equals_a_loop(sinkhorn):
-    V, B, D, K, temperature, sharpen = 3, 4, 5, 6, 0.2, 0.3
+    V = 3
+    B = 4
+    D = 5
+    K = 6
+    temperature = 0.2
+    sharpen = 0.3
     rng = np.random.default_rng(0)
     anchors, targets, prototypes = (rng.normal(size=(n, D)) for n in (V * B, B, K))
 
@@ -106,7 +117,8 @@ def test_loss_equals_a_loop(sinkhorn):
             for b in range(B):
                 labels[b] /= sum(labels[b]) * B
         labels = labels * B
-    cross_entropy, p_bar = 0.0, np.zeros(K)
+    cross_entropy = 0.0
+    p_bar = np.zeros(K)
     for v in range(V):
         for b in range(B):
             p = predict(anchors[v * B + b], temperature)
@@ -155,7 +167,8 @@ def test_vit_features_are_the_official_ones(dtype):
         final = encoder.norm(layers[1])  # what is hooked is what the norm gets
         outputs["features_focal"] = encoder(focal)
         outputs["features_dropped"] = encoder(native, torch.from_numpy(VIT["kept_patches"]))
-        dropped, kept = encoder(native, torch.tensor([0])), encoder(native, torch.arange(16))
+        dropped = encoder(native, torch.tensor([0]))
+        kept = encoder(native, torch.arange(16))
     atol = 1e-9 if dtype == torch.float64 else 2e-5
     for name, output in outputs.items():
         np.testing.assert_allclose(output.numpy(), VIT[name], rtol=0, atol=atol, err_msg=name)
@@ -172,9 +185,10 @@ def test_positions_of_focal_views_are_the_official_ones(dtype):
     encoder.blocks[0].register_forward_pre_hook(lambda _module, inputs: tokens.append(inputs[0]))
     with torch.no_grad():
         encoder(images)
-        patches = encoder.patch_embed.proj(images).flatten(2).transpose(1, 2)
+        patches = encoder.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         embedded = torch.cat([encoder.cls_token.expand(6, -1, -1), patches], dim=1)
-    positions, golden = tokens[0] - embedded, VIT["position_embedding_focal"]
+    positions = tokens[0] - embedded
+    golden = VIT["position_embedding_focal"]
     atol = 1e-9 if dtype == torch.float64 else 2e-5
     np.testing.assert_allclose(positions.numpy(), golden.repeat(6, axis=0), rtol=0, atol=atol)
 
@@ -188,8 +202,11 @@ def test_schedules_are_the_official_ones(case):
     epoch_steps, epochs, warmup, start_lr, lr, final_lr, *weight_decay = config
     steps = len(SCHEDULES[f"{case}_lr"])
     assert steps == epoch_steps * epochs
-    recipe = int(epoch_steps), int(epochs), warmup, start_lr, lr, final_lr, weight_decay, 0.996
-    values = [msn.schedules(i, *recipe) for i in range(steps)]
+    args = SimpleNamespace(
+        epochs=int(epochs), warmup=warmup, start_lr=start_lr, lr=lr, final_lr=final_lr,
+        weight_decay=weight_decay, ema=0.996,
+    )  # fmt: skip
+    values = [msn.schedule(i, int(epoch_steps), args) for i in range(steps)]
     for name, golden in (("lr", "lr"), ("weight_decay", "wd"), ("ema", "ema")):
         mine = [value[name] for value in values]
         np.testing.assert_allclose(mine, SCHEDULES[f"{case}_{golden}"], rtol=1e-9, err_msg=name)
@@ -203,22 +220,28 @@ def small_model(seed=0, stem=(8, 8, 8)):
     return model, target, torch.optim.AdamW(msn.parameter_groups(model))
 
 
+STEP = dict(
+    temperature=0.1, sharpen=0.25, me_max_weight=1.0, sinkhorn=True, clip=3.0, bf16=False
+)  # options of a step
+
+
 def small_update(model, target, optimizer, weight_decay=0.1, ema=0.9, **options):
+    """One update of a small model -> target view, metrics, the target's embeddings."""
     rng = torch.Generator().manual_seed(1)
-    views = [
-        torch.randn(n, 3, size, size, generator=rng) for n, size in ((6, 16), (12, 16), (6, 8))
-    ]
-    options = dict(clip=3.0, temperature=0.1, me_max_weight=1.0, sinkhorn=True) | options
+    sizes = ((6, 16), (12, 16), (6, 8))  # the target view, two full-size anchors, a focal one
+    views = [torch.randn(n, 3, size, size, generator=rng) for n, size in sizes]
     keep = torch.tensor([3, 0, 2])
-    return views, msn.msn_step(
-        model, target, optimizer, views, keep, 0.01, weight_decay, ema, **options
-    )
+    rates = dict(lr=0.01, weight_decay=weight_decay, ema=ema)
+    args = SimpleNamespace(**STEP | options)
+    result = msn.msn_step(model, target, optimizer, views[0], views[1:], keep, rates, args)
+    return views[0], *result
 
 
 def test_every_parameter_learns_and_the_target_follows():
     model, target, optimizer = small_model()
-    before, old = copy.deepcopy(model), copy.deepcopy(target)
-    small_update(model, target, optimizer)
+    before = copy.deepcopy(model)
+    old = copy.deepcopy(target)
+    _, metrics, _ = small_update(model, target, optimizer)
     in_groups = [p for group in optimizer.param_groups for p in group["params"]]
     assert sorted(map(id, in_groups)) == sorted(map(id, model.parameters()))
     largest = max(p.grad.abs().max() for p in model.parameters())
@@ -233,6 +256,21 @@ def test_every_parameter_learns_and_the_target_follows():
         assert p.grad is None and not p.requires_grad, name
         expected = 0.9 * old.get_parameter(name) + 0.1 * model.get_parameter(name)
         torch.testing.assert_close(p, expected, rtol=1e-6, atol=1e-8)
+    of_terms = ("loss", "cross_entropy", "me_max", "entropy", "information", "gradient_norm")
+    assert metrics.keys() == {*of_terms, "usage", "prior"}
+    assert all(metrics[name].shape == () for name in of_terms)
+
+
+def test_metrics_are_those_of_the_mean_prediction_before_the_update():
+    model, target, optimizer = small_model()
+    _, metrics, _ = small_update(model, target, optimizer)
+    usage = metrics["usage"]
+    assert usage.shape == (12,) and not usage.requires_grad
+    torch.testing.assert_close(metrics["prior"], torch.full([12], 1 / 12))
+    entropy = -(usage * usage.log()).sum()
+    torch.testing.assert_close(metrics["entropy"], entropy)
+    torch.testing.assert_close(metrics["me_max"], math.log(12) - entropy)
+    torch.testing.assert_close(metrics["information"], entropy - metrics["cross_entropy"])
 
 
 def test_target_uses_batch_statistics_and_keeps_its_own():
@@ -240,11 +278,12 @@ def test_target_uses_batch_statistics_and_keeps_its_own():
     for network in (model, target):  # if these were used, embeddings would be far off
         for buffer in network.projector.buffers():
             buffer.add_(3)
-    untouched, own = copy.deepcopy(target), copy.deepcopy(target).train()
-    views, (*_, embeddings) = small_update(model, target, optimizer)
+    untouched = copy.deepcopy(target)
+    own = copy.deepcopy(target).train()
+    target_view, _, embeddings = small_update(model, target, optimizer)
     with torch.no_grad():
-        expected, _ = own(views[:1])
-        by_running, _ = untouched.eval()(views[:1])
+        expected, _ = own([target_view])
+        by_running, _ = untouched.eval()([target_view])
     torch.testing.assert_close(embeddings, expected)
     assert (embeddings - by_running).abs().max() > 0.1
     moved = 0
@@ -281,14 +320,14 @@ def test_prototypes_are_not_clipped_and_the_network_is():
     gradients = []
     for clip in (1e9, 1e-3):
         model, target, optimizer = small_model()
-        _, (terms, *_) = small_update(model, target, optimizer, clip=clip)
+        _, metrics, _ = small_update(model, target, optimizer, clip=clip)
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     free, clipped = gradients
     torch.testing.assert_close(clipped["prototypes"], free["prototypes"], rtol=0, atol=0)
     network = torch.cat([g.flatten() for name, g in clipped.items() if name != "prototypes"])
     assert abs(network.norm() - 1e-3) < 1e-6
     network = torch.cat([g.flatten() for name, g in free.items() if name != "prototypes"])
-    torch.testing.assert_close(terms[0], network.norm())  # told before clipping
+    torch.testing.assert_close(metrics["gradient_norm"], network.norm())  # that before clipping
 
 
 # ---- 4. Five training steps
@@ -296,7 +335,8 @@ def test_prototypes_are_not_clipped_and_the_network_is():
 
 @DTYPES
 def test_five_steps_are_the_official_ones(dtype):
-    golden, exact = TRAJECTORY, dtype == torch.float64
+    golden = TRAJECTORY
+    exact = dtype == torch.float64
     config = golden["cfg_ipe_epochs_warmup_startlr_lr_finallr_wd_finalwd_clip"].tolist()
     epoch_steps, epochs, warmup_steps, start_lr, lr, final_lr, *weight_decay, clip = config
     heads = {"fc.fc1": "projector.0", "fc.bn1": "projector.1", "fc.fc2": "projector.3"}
@@ -318,36 +358,38 @@ def test_five_steps_are_the_official_ones(dtype):
     optimizer = torch.optim.AdamW(msn.parameter_groups(model))
     order = [rename(str(name)) for name in golden["param_names"]]
     assert set(order) | {"prototypes"} == {name for name, _ in model.named_parameters()}
-    recipe = dict(
-        epoch_steps=int(epoch_steps), epochs=int(epochs), warmup=warmup_steps / epoch_steps
-    )
-    recipe |= dict(
-        start_lr=start_lr, lr=lr, final_lr=final_lr, weight_decay=weight_decay, ema=0.996
-    )
-    options = dict(temperature=0.1, sharpen=0.25, me_max_weight=1.0, sinkhorn=True, clip=clip)
+    horizon = SimpleNamespace(
+        epochs=int(epochs), warmup=warmup_steps / epoch_steps, start_lr=start_lr, lr=lr,
+        final_lr=final_lr, weight_decay=weight_decay, ema=0.996,
+    )  # fmt: skip
+    args = SimpleNamespace(**STEP | dict(clip=clip))
     for i in range(5):
         first, rand, focal, kept = (
             torch.from_numpy(golden[name][i])
             for name in ("target_views", "rand_views", "focal_views", "kept_patches")
         )
-        views = [x.to(dtype) for x in (first, rand.flatten(0, 1), focal.flatten(0, 1))]
-        rates = msn.schedules(i, **recipe)
+        anchor_views = [rand.flatten(0, 1).to(dtype), focal.flatten(0, 1).to(dtype)]
+        rates = msn.schedule(i, int(epoch_steps), horizon)
         for name, key in (("lr", "lr"), ("weight_decay", "wd"), ("ema", "ema")):
             np.testing.assert_allclose(rates[name], golden[f"step_{key}"][i], rtol=1e-9)
-        result = msn.msn_step(model, target, optimizer, views, kept, **rates, **options)
-        norm, *terms = result[0]
-        for value, name in zip(terms, ("loss", "cross_entropy", "me_max"), strict=True):
-            assert_loss(value, golden[f"step_{name}"][i], dtype, rtol=1e-8)
-        assert golden["step_grad_norm"][i] > clip  # that of before clipping is told
+        metrics, _ = msn.msn_step(
+            model, target, optimizer, first.to(dtype), anchor_views, kept, rates, args
+        )
+        for name in ("loss", "cross_entropy", "me_max"):
+            assert_loss(metrics[name], golden[f"step_{name}"][i], dtype, rtol=1e-8)
+        assert golden["step_grad_norm"][i] > clip  # the metric is the norm before clipping
         rtol = 1e-8 if exact else 1e-4
-        np.testing.assert_allclose(norm.item(), golden["step_grad_norm"][i], rtol=rtol)
+        norm = metrics["gradient_norm"].item()
+        np.testing.assert_allclose(norm, golden["step_grad_norm"][i], rtol=rtol)
         for network, key in ((model, "param_norms"), (target, "target_param_norms")):
             norms = [network.get_parameter(name).detach().norm().item() for name in order]
             if exact:  # atol: for those that are zero but for rounding
                 np.testing.assert_allclose(norms, golden[f"step_{key}"][i], rtol=1e-8, atol=1e-10)
-    start, end = state("init"), state("final")
+    start = state("init")
+    end = state("final")
     for name in [*order, "prototypes"]:
-        mine, theirs = model.get_parameter(name).detach().double(), end[name].double()
+        mine = model.get_parameter(name).detach().double()
+        theirs = end[name].double()
         if exact:  # stored as float32
             torch.testing.assert_close(mine, theirs, rtol=1e-7, atol=1e-9)
         elif name.endswith(ROUNDING):

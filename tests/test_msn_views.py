@@ -1,7 +1,7 @@
-"""msn.py's data: photometry and crops against torchvision, files, processes, plates, long tail."""
+"""msn.py's views: colours and crops against torchvision, image files, processes."""
 
 import math
-import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +11,11 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional as TF
 
 import msn
-from sampler import long_tail
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Small tensors gain nothing from more, and lose much beside other programs."""
+    """Small tensors gain nothing from more threads, and lose much beside other programs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,20 +42,28 @@ def pictures(size=12):
     return x
 
 
-# ---- 1. Photometry
+# ---- 1. Colours
+
+# Ours, torchvision's, the lowest and the highest amount, and the one that changes nothing.
+ADJUSTMENTS = {
+    "brightness": (msn.adjust_brightness, TF.adjust_brightness, 0, 2, 1.0),
+    "contrast": (msn.adjust_contrast, TF.adjust_contrast, 0, 2, 1.0),
+    "saturation": (msn.adjust_saturation, TF.adjust_saturation, 0, 2, 1.0),
+    "hue": (msn.adjust_hue, TF.adjust_hue, -0.5, 0.5, 0.0),
+}
 
 
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
-def test_adjust_equals_torchvision(name):
-    kind = ["brightness", "contrast", "saturation", "hue"].index(name)
-    x, (low, high) = pictures(), (0, 2) if kind < 3 else (-0.5, 0.5)
-    for amount in (low, high, float(kind < 3), *uniform(7, seed=kind).tolist()):
+@pytest.mark.parametrize("kind", range(4), ids=ADJUSTMENTS.keys())
+def test_adjustments_equal_torchvisions(kind):
+    ours, theirs, low, high, neutral = list(ADJUSTMENTS.values())[kind]
+    x = pictures()
+    for amount in (low, high, neutral, *uniform(7, seed=kind).tolist()):
         amounts = low + (high - low) * uniform(len(x), seed=int(1e6 * (amount + 1)))
         amounts[::2] = min(max(amount, low), high)
-        theirs = [getattr(TF, f"adjust_{name}")(i, a) for i, a in zip(x, amounts.tolist())]
-        assert_images(msn.adjust(x, kind, amounts), theirs)
-    neutral = torch.full([len(x)], float(kind < 3))
-    assert_images(msn.adjust(x, kind, neutral), x, atol=2e-6)
+        expected = [theirs(image, a) for image, a in zip(x, amounts.tolist())]
+        assert_images(ours(x, amounts.view(-1, 1, 1, 1)), expected)
+    unchanged = ours(x, torch.full([len(x), 1, 1, 1], neutral))
+    assert_images(unchanged, x, atol=2e-6)
 
 
 @pytest.mark.parametrize("radius", [1, 3, 6])
@@ -82,7 +89,8 @@ def test_photometry_without_changes_is_division_by_255():
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5])
 def test_grey_and_solarise_equal_torchvision(threshold):
-    views, u = (255 * pictures(16)).byte(), uniform(17, 13)
+    views = (255 * pictures(16)).byte()
+    u = uniform(17, 13)
     floats = views.float() / 255
     grey = msn.photometry(views, u, **PLAIN | dict(grey=1.0))
     assert_images(grey, [TF.rgb_to_grayscale(x, 3) for x in floats])
@@ -101,7 +109,10 @@ def test_photometry_equals_a_chain_of_torchvision(jitter, threshold):
     u = uniform(len(views), 13, seed=3)
     options = dict(jitter=jitter, grey=0.2, blur=0.5, blur_sigma=[0.1, 2.0])
     options |= dict(solarise=0.3, threshold=threshold)
-    theirs, applied, orders, near = [], torch.zeros(4), set(), []
+    theirs = []
+    near = []  # pixels so near to the threshold that rounding decides what is inverted
+    orders = set()
+    applied = torch.zeros(4)
     for view, numbers in zip(views, u.tolist()):
         apply_jitter, *amounts, is_grey, is_blurred, width, is_solarised = numbers[:9]
         order = sorted(range(4), key=numbers[9:].__getitem__)
@@ -129,13 +140,15 @@ def test_photometry_equals_a_chain_of_torchvision(jitter, threshold):
             [apply_jitter < 0.8, is_grey < 0.2, is_blurred < 0.5, is_solarised < 0.3]
         )
     assert (applied > 10).all() and (applied < len(views) - 10).all() and len(orders) == 24
-    mine, near = msn.photometry(views, u, **options), torch.stack(near)
-    assert near.float().mean() < 0.03  # there rounding decides what is inverted
+    mine = msn.photometry(views, u, **options)
+    near = torch.stack(near)
+    assert near.float().mean() < 0.03
     assert_images(mine.where(~near, 0.0), torch.stack(theirs).where(~near, 0.0))
 
 
 def test_photometry_of_an_image_does_not_depend_on_its_batch():
-    views, u = (255 * pictures(16)).byte(), uniform(17, 13)
+    views = (255 * pictures(16)).byte()
+    u = uniform(17, 13)
     options = dict(jitter=[0.4, 0.4, 0.4, 0.1], grey=0.2, blur=0.5, blur_sigma=[0.1, 2.0])
     options |= dict(solarise=0.3, threshold=0.0)
     joined = msn.photometry(views, u, **options)
@@ -169,7 +182,8 @@ def smooth(size, batch=1):
 def box_numbers(size, left, top, width, height):
     """The uniform numbers (10, 4) and the fraction of area for a given box."""
     u = torch.zeros(10, 4)
-    u[:, 0], u[:, 1] = 0.5, (math.log(width / height, 4 / 3) + 1) / 2
+    u[:, 0] = 0.5
+    u[:, 1] = (math.log(width / height, 4 / 3) + 1) / 2
     u[:, 2] = left / max(size - width, 1)
     u[:, 3] = top / max(size - height, 1)
     u[1, 2] = 0.5  # decides on the flip
@@ -193,7 +207,8 @@ def test_crop_of_the_whole_image_is_the_image():
 )
 @pytest.mark.parametrize("size", [16, 32, 48])
 def test_crop_equals_torchvision_in_the_interior(size, left, top, width, height):
-    image, box = smooth(64), dict(left=left, top=top, width=width, height=height)
+    image = smooth(64)
+    box = dict(left=left, top=top, width=width, height=height)
     mine = crop_box(image, size, **box)
     theirs = TF.resized_crop(image, top, left, height, width, [size, size], antialias=False)
     assert mine.dtype == torch.uint8 and mine.shape == theirs.shape
@@ -206,15 +221,19 @@ def test_crop_equals_torchvision_in_the_interior(size, left, top, width, height)
 
 @pytest.mark.parametrize("area", [(0.08, 1.0), (0.35, 1.0), (0.05, 0.3)])
 def test_crops_are_distributed_as_torchvisions(area):
-    N, ramp = 6000, 2 * torch.arange(128)
+    N = 6000
+    ramp = 2 * torch.arange(128)
     image = torch.stack([ramp.expand(128, 128), ramp[:, None].expand(128, 128)] * 2)[:3].byte()
     u = uniform(N, 10, 4, seed=1)
     crops = [
         msn.crop_batch(image.expand(len(v), -1, -1, -1), v, area, 8, 0.5) for v in u.split(500)
     ]
-    x, y = torch.cat(crops).double()[:, 0, 0], torch.cat(crops).double()[:, 1, :, 0]  # (N, 8)
-    w, h = ((z[:, -1] - z[:, 0]) * 8 / 7 / 256 for z in (x, y))  # a negative width: flipped
-    flipped, w = (w < 0).double(), w.abs()
+    crops = torch.cat(crops).double()
+    x = crops[:, 0, 0]  # (N, 8)
+    y = crops[:, 1, :, 0]
+    w, h = ((z[:, -1] - z[:, 0]) * 8 / 7 / 256 for z in (x, y))
+    flipped = (w < 0).double()
+    w = w.abs()
     centre_x, centre_y = ((z[:, 0] + z[:, -1] + 2) / 512 for z in (x, y))
     mine = dict(area=w * h, aspect=(w / h).log(), left=centre_x - w / 2, top=centre_y - h / 2)
     torch.manual_seed(0)
@@ -226,7 +245,8 @@ def test_crops_are_distributed_as_torchvisions(area):
     assert abs(flipped.mean() - 0.5) < 5 * 0.5 / N**0.5
     for name, value in mine.items():
         for moment in (lambda z: z, lambda z: (z - z.mean()).square()):
-            a, b = moment(value), moment(theirs[name])
+            a = moment(value)
+            b = moment(theirs[name])
             sigma = ((a.var() + b.var()) / N).sqrt()
             assert abs(a.mean() - b.mean()) < 5 * sigma + 5e-4, name
 
@@ -237,14 +257,19 @@ def test_crops_are_distributed_as_torchvisions(area):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Sixteen files of different sizes, and their paths."""
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
     paths = [str(root / f"{i}.png") for i in range(16)]
     for i, path in enumerate(paths):
         Image.fromarray(rng.integers(256, size=(40 + i, 60 - i, 3), dtype=np.uint8)).save(path)
     return paths
 
 
-GROUPS = [(3, 24, [0.3, 1.0]), (2, 16, [0.1, 0.3])]
+SIZES = [(3, 24, [0.3, 1.0]), (2, 16, [0.1, 0.3])]  # views, pixels, area
+
+
+def cropped_views(images, seed=0, sizes=SIZES, flip=0.5):
+    return msn.CroppedViews(images, sizes, SimpleNamespace(flip=flip, seed=seed))
 
 
 def images_of(kind, folder):
@@ -260,7 +285,7 @@ def assert_items(mine, theirs):
 
 @pytest.mark.parametrize("kind", ["grey", "colour", "files"])
 def test_views_have_shape_and_type(kind, folder):
-    views = msn.CroppedViews(images_of(kind, folder), GROUPS, 0.5, 0, 0, 1)
+    views = cropped_views(images_of(kind, folder))
     item = views[7, [3, 1, 4, 15]]
     assert [tuple(view.shape) for view in item] == [(3, 4, 3, 24, 24), (2, 4, 3, 16, 16)]
     assert {view.dtype for view in item} == {torch.uint8}
@@ -273,38 +298,44 @@ def test_views_have_shape_and_type(kind, folder):
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("kind", ["grey", "colour", "files"])
-def test_joined_items_of_processes_are_the_item_of_one(kind, processes, folder):
-    images, indices = images_of(kind, folder), [5, 2, 9, 11, 0, 14, 7, 3]
-    whole = msn.CroppedViews(images, GROUPS, 0.5, 3, 0, 1)[12, indices]
+def test_joined_items_of_processes_are_the_item_of_one(kind, processes, folder, monkeypatch):
+    images = images_of(kind, folder)
+    indices = [5, 2, 9, 11, 0, 14, 7, 3]
+    whole = cropped_views(images, seed=3)[12, indices]
     share = len(indices) // processes
-    parts = [
-        msn.CroppedViews(images, GROUPS, 0.5, 3, rank, processes)[
-            12, indices[rank * share : (rank + 1) * share]
-        ]
-        for rank in range(processes)
-    ]
-    assert_items([torch.cat(group, dim=1) for group in zip(*parts)], whole)
+    monkeypatch.setattr(msn, "world_size", lambda: processes)
+    parts = []
+    for rank in range(processes):
+        with monkeypatch.context() as patch:
+            patch.setattr(msn, "rank", lambda rank=rank: rank)
+            views = cropped_views(images, seed=3)
+        parts.append(views[12, indices[rank * share : (rank + 1) * share]])
+    assert_items([torch.cat(size, dim=1) for size in zip(*parts)], whole)
 
 
 @pytest.mark.parametrize("kind", ["colour", "files"])
 def test_items_depend_on_seed_step_and_indices_only(kind, folder):
-    images, indices = images_of(kind, folder), [5, 2, 9, 11]
-    views = msn.CroppedViews(images, GROUPS, 0.5, 3, 0, 1)
+    images = images_of(kind, folder)
+    indices = [5, 2, 9, 11]
+    views = cropped_views(images, seed=3)
     torch.manual_seed(0)
     item = views[12, indices]
     twice = views[13, [5, 5]]
     assert not torch.equal(twice[0][:, 0], twice[0][:, 1])  # each place has crops of its own
     torch.manual_seed(99)
     assert_items(views[12, indices], item)
-    assert_items(msn.CroppedViews(images, GROUPS, 0.5, 3, 0, 1)[12, indices], item)
-    for other in (views[13, indices], msn.CroppedViews(images, GROUPS, 0.5, 4, 0, 1)[12, indices]):
+    assert_items(cropped_views(images, seed=3)[12, indices], item)
+    for other in (views[13, indices], cropped_views(images, seed=4)[12, indices]):
         assert not torch.equal(other[0], item[0])
         assert not torch.equal(other[1], item[1])
 
 
 def save_modes(root):
-    """Square files of many modes -> path: the RGB values expected, and how far they may be off."""
-    rng, modes = np.random.default_rng(0), {}
+    """Save square files of many modes.
+
+    Returns {path: (the RGB values expected, by how much they may differ)}."""
+    rng = np.random.default_rng(0)
+    modes = {}
     colour = rng.integers(256, size=(24, 24, 3), dtype=np.uint8)
     grey = rng.integers(256, size=(24, 24), dtype=np.uint8)
     bits = rng.integers(2, size=(24, 24)).astype(bool)
@@ -337,7 +368,8 @@ def save_modes(root):
 
 def test_files_of_all_modes_and_orientations_are_read(tmp_path):
     modes = save_modes(tmp_path)
-    views = msn.CroppedViews(list(modes), [(1, 24, [1.0, 1.0])], 0.0, 0, 0, 1)  # all of a square
+    whole = [(1, 24, [1.0, 1.0])]  # all of a square
+    views = cropped_views(list(modes), sizes=whole, flip=0.0)
     item = views[0, list(range(len(modes)))]
     assert not isinstance(item, str), item
     for image, (path, (expected, off)) in zip(item[0][0], modes.items(), strict=True):
@@ -354,73 +386,11 @@ def test_an_unreadable_file_is_named(kind, tmp_path, folder):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif kind != "missing":
         path.write_text("not a picture" if kind == "text" else "")
-    message = msn.CroppedViews([*folder, str(path)], GROUPS, 0.5, 0, 0, 1)[0, [2, 16, 4]]
+    message = cropped_views([*folder, str(path)])[0, [2, 16, 4]]
     assert isinstance(message, str)
-    assert str(path) in message and "\n" not in message
+    assert message.startswith(f"{path}: unreadable image (") and "\n" not in message
+    assert message.endswith("): fix or remove it")
     assert message.count(str(path)) <= 2
-
-
-# ---- 4. Plates and long tail
-
-
-def test_plates_are_drawn_in_seconds():
-    start = time.process_time()  # of this process: other programs do not count
-    images, labels = msn.draw_plates(50, seed=0)
-    assert time.process_time() - start < 15  # 2.5 s alone; threads that wait count too
-    assert images.shape == (50_000, 1, 32, 32) and images.dtype == torch.uint8
-    number, digits, count, size = (labels[k] for k in ("number", "digits", "count", "size"))
-    assert next(iter(labels)) == "number"  # the class
-    assert torch.equal(number.bincount(), torch.full([1000], 50))
-    assert torch.equal(digits @ torch.tensor([100, 10, 1]), number)
-    assert digits.shape == (50_000, 3) and digits.min() == 0 and digits.max() == 9
-    for bins, labels in ((4, count), (3, size)):  # near uniform: 5 standard deviations
-        share = labels.bincount(minlength=bins) / 50_000
-        assert len(share) == bins and (share - 1 / bins).abs().max() < 5 * (0.25 / 50_000) ** 0.5
-
-
-def test_plates_follow_from_their_seed():
-    torch.manual_seed(1)
-    images, labels = msn.draw_plates(2, seed=3)
-    state = torch.get_rng_state()
-    again, same = msn.draw_plates(2, seed=3)
-    assert torch.equal(torch.get_rng_state(), state)  # numbers of its own
-    other, _ = msn.draw_plates(2, seed=4)
-    assert torch.equal(images, again)
-    assert all(torch.equal(labels[name], same[name]) for name in labels)
-    assert (images.int() - other.int()).abs().float().mean() > 20
-
-
-def test_plates_show_their_labels():
-    images, labels = msn.draw_plates(20, seed=0)
-    pixels = images[:, 0].float()
-    ground = pixels.flatten(1).mode(dim=1).values.view(-1, 1, 1)
-    marks = (pixels - ground).abs().flatten(1)
-    marks = marks / marks.amax(dim=1, keepdim=True)  # ink of the number is 1, discs are fainter
-    inked = (marks > 0.6).float()
-    known = torch.arange(len(marks)) % 20 >= 2
-    means = inked[known].view(1000, 18, -1).mean(dim=1)
-    guess = torch.nn.functional.normalize(inked[~known]) @ torch.nn.functional.normalize(means).T
-    assert (guess.argmax(dim=1) == labels["number"][~known]).float().mean() > 0.1  # chance: 0.001
-    faint = ((marks > 0.05) & (marks < 0.4)).float().mean(dim=1)
-    by_count = torch.stack([faint[labels["count"] == count].mean() for count in range(4)])
-    assert (by_count.diff() > 0.01).all()
-    columns = torch.arange(len(marks[0])) % 32
-    spread = (inked * (columns - 15.5).square()).sum(1) / inked.sum(1)
-    by_size = torch.stack([spread[labels["size"] == size].mean() for size in range(3)])
-    assert (by_size.diff() > 0.5).all()
-
-
-def test_long_tail_keeps_a_power_of_the_rank():
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
-    for exponent, expected in (
-        (0.0, [100] * 10),
-        (1.0, [100, 50, 33, 25, 20, 17, 14, 12, 11, 10]),
-        (0.5, [100, 71, 58, 50, 45, 41, 38, 35, 33, 32]),
-        (9.0, [100] + [1] * 9),  # at least one
-    ):
-        kept = long_tail(labels, exponent, seed=0)
-        np.testing.assert_array_equal(np.bincount(labels[kept], minlength=10), expected)
-        assert len(set(kept.tolist())) == len(kept)
-    first, again, other = (long_tail(labels, 1.0, seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert set(first.tolist()) != set(other.tolist())
+    with pytest.raises(msn.UnreadableImage) as error:
+        msn.read_image(str(path))
+    assert str(error.value) == message

@@ -1,12 +1,10 @@
 """pmsn.py: loss against recorded numbers, priors, processes, kills and restarts, bad input."""
 
 import copy
-import functools
 import gc
 import json
-import os
+import multiprocessing
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -18,34 +16,40 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from PIL import Image
+from test_sampler import BAD_PRIORS, write_bad_prior
 from torch.nn.parallel import DistributedDataParallel
 
 import linear_eval
 import msn
 import pmsn
-from sampler import power_law_prior
+from sampler import open_prior, power_law_prior
 
 ROOT = Path(pmsn.__file__).parent
 GOLDEN = np.load(Path(__file__).parent / "golden/pmsn_loss.npz")
-INPUTS = "anchors", "targets", "prototypes"
+INPUTS = ["anchors", "targets", "prototypes"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 EXPONENTS = pytest.mark.parametrize("exponent", [0.0, 0.25, 0.5, 1.0])
-TINY = "--dim 16 --depth 1 --heads 2 --hidden 16 --output 8 --num-prototypes 16".split()
-TINY += "--stem 8 8 8 --batch-size 32".split()
-plates = functools.cache(pmsn.draw_plates)  # drawn once for all runs of this process
+TINY = [
+    "--dim=16", "--depth=1", "--heads=2", "--hidden=16", "--output=8", "--num-prototypes=16",
+    "--stem", "8", "8", "8", "--batch-size=32",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
-def clean(monkeypatch):
-    monkeypatch.setattr(pmsn, "draw_plates", plates)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes started: small networks gain nothing
-    handler, threads = signal.getsignal(signal.SIGTERM), torch.get_num_threads()
+def one_thread(monkeypatch):
+    """Small tensors gain nothing from more threads, and lose much beside other programs."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of processes started
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    signal.signal(signal.SIGTERM, handler)  # a run that failed left its own, and its group
-    if dist.is_initialized():
-        dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collect_garbage():
+    """Networks of past runs have threads. If a loader process of a later test frees one, which it
+    has without its threads, it crashes."""
+    yield
     gc.collect()
 
 
@@ -54,7 +58,8 @@ def inputs(dtype):
 
 
 def assert_golden(value, golden, dtype):
-    value, golden = value.detach().double().numpy(), np.asarray(golden)
+    value = value.detach().double().numpy()
+    golden = np.asarray(golden)
     if dtype == torch.float64:
         np.testing.assert_allclose(value, golden, rtol=1e-9, atol=1e-12)
     elif golden.ndim == 0:
@@ -70,7 +75,8 @@ def assert_golden(value, golden, dtype):
 @EXPONENTS
 def test_loss_and_gradients_are_the_recorded_ones(exponent, dtype):
     anchors, targets, prototypes = tensors = inputs(dtype)
-    case, prior = f"e{round(100 * exponent):03}", power_law_prior(len(prototypes), exponent)
+    case = f"e{round(100 * exponent):03}"
+    prior = power_law_prior(len(prototypes), exponent)
     loss, cross_entropy, kl = pmsn.pmsn_loss(*tensors, prior)
     for value, name in ((loss, "loss"), (cross_entropy, "cross_entropy"), (kl, "kl")):
         assert value.dtype == dtype
@@ -88,19 +94,18 @@ def test_loss_and_gradients_are_the_recorded_ones(exponent, dtype):
 @DTYPES
 @EXPONENTS
 def test_the_reversed_divergence_is_another(exponent, dtype):
-    """KL(prior || mean prediction), which a library computes under this name."""
+    """KL(prior || mean prediction), which another library computes under the same name."""
     anchors, targets, prototypes = tensors = inputs(dtype)
-    case, prior = f"e{round(100 * exponent):03}", power_law_prior(len(prototypes), exponent)
+    case = f"e{round(100 * exponent):03}"
+    prior = power_law_prior(len(prototypes), exponent)
     _, _, kl = pmsn.pmsn_loss(*tensors, prior)
     p_bar = pmsn.log_assignment(anchors, prototypes, 0.1).exp().mean(dim=0)
     reversed_kl = (prior * (prior.log() - p_bar.log())).sum()
     wrong = GOLDEN[f"{case}_wrong_reversed_kl"]
     assert abs(reversed_kl.item() / wrong - 1) < 1e-5  # that is what was recorded
     assert abs(kl.item() / wrong - 1) > 0.01
-    gradient, wrong = (
-        torch.autograd.grad(kl, anchors)[0],
-        GOLDEN[f"{case}_wrong_reversed_kl_grad_anchors"],
-    )
+    (gradient,) = torch.autograd.grad(kl, anchors)
+    wrong = GOLDEN[f"{case}_wrong_reversed_kl_grad_anchors"]
     assert np.linalg.norm(gradient.numpy() - wrong) > 0.1 * np.linalg.norm(wrong)
 
 
@@ -108,10 +113,11 @@ def test_the_reversed_divergence_is_another(exponent, dtype):
 @EXPONENTS
 def test_sinkhorns_marginals_follow_the_prior(exponent, dtype):
     anchors, targets, prototypes = tensors = inputs(dtype)
-    case, prior = f"e{round(100 * exponent):03}", power_law_prior(len(prototypes), exponent)
+    case = f"e{round(100 * exponent):03}"
+    prior = power_law_prior(len(prototypes), exponent)
     _, cross_entropy, _ = pmsn.pmsn_loss(*tensors, prior, sinkhorn=True)
     assert_golden(cross_entropy, GOLDEN[f"{case}_sinkhorn_cross_entropy"], dtype)
-    # Assignments, seen through other anchors' gradients, whose every row tells of one assignment.
+    # Assignments, seen through other anchors' gradients: each row shows one assignment.
     rng = torch.Generator().manual_seed(0)
     others = torch.randn(2 * len(targets), anchors.shape[1], dtype=torch.float64, generator=rng)
     others = others.to(dtype).requires_grad_()
@@ -125,7 +131,7 @@ def test_sinkhorns_marginals_follow_the_prior(exponent, dtype):
 @DTYPES
 @pytest.mark.parametrize("sinkhorn", [False, True])
 def test_a_uniform_prior_is_msn_bit_for_bit(sinkhorn, dtype):
-    for uniform in (power_law_prior(40, 0.0), pmsn.open_prior("uniform", 0.25, 40)):
+    for uniform in (power_law_prior(40, 0.0), open_prior("uniform", 0.25, 40)):
         results = []
         for loss, extra in ((msn.msn_loss, ()), (pmsn.pmsn_loss, (uniform,))):
             anchors, targets, prototypes = inputs(dtype)
@@ -147,7 +153,8 @@ def test_a_prior_of_zero_empties_its_prototype(sinkhorn, dtype):
         prior /= prior.sum()
         with torch.no_grad():  # at the start it is the favourite
             prototypes[7] = torch.nn.functional.normalize(anchors).sum(dim=0)
-        optimizer, used[weight] = torch.optim.Adam([anchors, prototypes], 0.01), []
+        optimizer = torch.optim.Adam([anchors, prototypes], 0.01)
+        used[weight] = []
         for _ in range(100):
             p_bar = pmsn.log_assignment(anchors, prototypes, 0.1).exp().mean(dim=0)
             used[weight].append(p_bar[7].item())
@@ -160,47 +167,16 @@ def test_a_prior_of_zero_empties_its_prototype(sinkhorn, dtype):
     assert used[0][-1] < 0.002 < 0.01 < used[1][-1]
 
 
-# ---- 2. Priors
-
-
-def test_priors_from_files(tmp_path):
-    weights = [4, 0, 2.5, 1.5]
-    (tmp_path / "a.txt").write_text("4\n0\n2.5\n1.5\n")
-    np.save(tmp_path / "a.npy", np.array(weights, np.float32))
-    np.save(tmp_path / "b.npy", np.array([1, 2, 3, 4]))
-    for name, expected in (("a.txt", weights), ("a.npy", weights), ("b.npy", [1, 2, 3, 4])):
-        prior = pmsn.open_prior(f"file:{tmp_path / name}", 0.25, 4)
-        np.testing.assert_allclose(prior, np.array(expected) / sum(expected), rtol=1e-15)
-        assert prior.dtype == torch.float64
-    assert torch.equal(pmsn.open_prior("power-law", 0.5, 9), power_law_prior(9, 0.5))
-
-
-WRONG = {
-    "a weight too many": "1\n" * 17,
-    "a weight too few": "1\n" * 15,
-    "none": "",
-    "negative": "1\n" * 15 + "-1\n",
-    "not a number": "1\n" * 15 + "nan\n",
-    "infinite": "1\n" * 15 + "inf\n",
-    "zeros": "0\n" * 16,
-    "words": "one\n" * 16,
-    "a picture": b"\x89PNG\xff\xfe",
-    "no file": None,
-}
+# ---- 2. Options
 
 
 @pytest.mark.parametrize("ending", ["txt", "npy"])
-@pytest.mark.parametrize("kind", WRONG)
-def test_wrong_priors_are_refused(kind, ending, tmp_path, capfd):
-    path, out = tmp_path / f"prior.{ending}", tmp_path / "out"
-    if isinstance(WRONG[kind], bytes) or kind == "words" or (kind == "none" and ending == "txt"):
-        content = WRONG[kind]
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    elif WRONG[kind] is not None and ending == "npy":
-        np.save(path, np.array([float(x) for x in WRONG[kind].split()]))
-    elif WRONG[kind] is not None:
-        path.write_text(WRONG[kind])
-    assert_refused(capfd, out, ["--prior", f"file:{path}"], "--prior", path, "weights")
+@pytest.mark.parametrize("kind", BAD_PRIORS)
+def test_bad_priors_are_refused(kind, ending, tmp_path, capfd):
+    path = tmp_path / f"prior.{ending}"
+    write_bad_prior(kind, path)
+    words = ("--prior", path, "weights")
+    assert_refused(capfd, tmp_path / "out", ["--prior", f"file:{path}"], *words)
 
 
 def assert_refused(capfd, out, options, *words):
@@ -215,9 +191,9 @@ def assert_refused(capfd, out, options, *words):
 def test_wrong_options_are_refused(tmp_path, capfd):
     for options, word in (
         ("--prior zipf", "uniform"),
-        ("--exponent -1", "from 0"),
-        ("--exponent nan", "from 0"),
-        ("--prior-weight -1", "from 0"),
+        ("--exponent -1", "at least 0"),
+        ("--exponent nan", "at least 0"),
+        ("--prior-weight -1", "at least 0"),
         ("--k-classes 1001 --batch-size 2000", "1000"),
         ("--k-classes 33", "choose"),
         ("--patch-size 5", "choose"),
@@ -225,12 +201,12 @@ def test_wrong_options_are_refused(tmp_path, capfd):
     ):
         option, value = options.split()[:2]
         assert_refused(capfd, tmp_path, options.split(), option, value, word)
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        assert not dist.is_initialized()
 
 
 def test_defaults():
-    paper, small = pmsn.parse_args(["--data", "pictures"]), pmsn.parse_args([])
+    paper = pmsn.parse_args(["--data", "pictures"])
+    small = pmsn.parse_args([])
     for args in (paper, pmsn.parse_args(["--recipe", "vit-s16"])):
         assert (args.prior, args.exponent, args.prior_weight) == ("power-law", 0.25, 1.0)
         assert args.sinkhorn is False  # uniform targets would fight the prior
@@ -244,24 +220,26 @@ def test_defaults():
 
 
 def joint_step(rank, processes):
+    """Loss terms, means over processes, and gradients by this process's share of 8 images."""
     torch.manual_seed(0)
     encoder = pmsn.VisionTransformer(16, 8, 16, 1, 2, stem=[8, 8, 8])
     model = pmsn.MSN(encoder, 16, 24, 8, 12).double()
     target = copy.deepcopy(model).requires_grad_(False)
-    groups = [torch.rand(V, 8, 3, size, size) for V, size in ((1, 16), (2, 16), (3, 8))]
+    views = [torch.rand(V, 8, 3, size, size) for V, size in ((1, 16), (2, 16), (3, 8))]
     share = slice(8 // processes * rank, 8 // processes * (rank + 1))
-    first, *groups = (views[:, share].flatten(0, 1).double() for views in groups)
+    target_view, *anchor_views = (x[:, share].flatten(0, 1).double() for x in views)
     parallel = DistributedDataParallel(model) if processes > 1 else model
-    targets, _ = target([first])
-    anchors, prototypes = parallel(groups, torch.tensor([2, 0, 3]))
-    prior, options = power_law_prior(12, 1.0), dict(prior_weight=5.0, sinkhorn=True)
-    terms = pmsn.pmsn_loss(anchors, targets, prototypes, prior, **options)
+    targets, _ = target([target_view])
+    anchors, prototypes = parallel(anchor_views, torch.tensor([2, 0, 3]))
+    prior = power_law_prior(12, 1.0)
+    terms = pmsn.pmsn_loss(anchors, targets, prototypes, prior, prior_weight=5.0, sinkhorn=True)
     terms[0].backward()
     terms = pmsn.all_reduce_mean(torch.stack(terms).detach())
     return terms, {name: p.grad for name, p in model.named_parameters()}
 
 
 def joint_steps(rank, folder):
+    torch.set_num_threads(1)
     for processes in (4, 2):
         if rank < processes:
             store = dist.FileStore(f"{folder}/{processes}", processes)
@@ -271,7 +249,7 @@ def joint_steps(rank, folder):
 
 
 def test_2_and_4_processes_equal_one(tmp_path):
-    mp.spawn(joint_steps, (str(tmp_path),), nprocs=4)
+    mp.start_processes(joint_steps, (str(tmp_path),), nprocs=4, start_method="forkserver")
     terms, gradients = joint_step(0, 1)
     largest = max(gradient.abs().max() for gradient in gradients.values())
     for processes in (2, 4):
@@ -286,17 +264,13 @@ def test_2_and_4_processes_equal_one(tmp_path):
 # ---- 4. Runs
 
 
-def command(script, out, *options):
-    return [sys.executable, "-B", str(script), *TINY, "--out", str(out), *map(str, options)]
-
-
 def results(out):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return torch.load(out / "checkpoint.pt", weights_only=True), log
 
 
 def run(out, *options):
-    pmsn.main([*TINY, "--out", str(out), *map(str, options)])
+    pmsn.main([*TINY, f"--out={out}", *options])
     return results(out)
 
 
@@ -310,33 +284,49 @@ def assert_same_run(mine, theirs):
         assert line | dict(images_per_second=0) == other | dict(images_per_second=0)
 
 
-def test_three_steps_then_six_are_six_and_a_kill_changes_nothing(tmp_path):
-    options = "--long-tail", 1, "--exponent", 1, "--log-every", 2, "--save-every", 3
-    options += "--epochs", 2, "--sinkhorn"
+def test_a_run_in_three_parts_one_of_them_killed_is_the_whole_run(tmp_path):
+    options = ["--long-tail=1", "--exponent=1", "--epochs=2", "--sinkhorn", "--log-every=1"]
     whole = run(tmp_path / "whole", *options)
     steps = whole[0]["step"]
     assert steps == 2 * (1000 // 32 + 5)  # 50/k images of class k: 36 batches an epoch
-    assert run(tmp_path / "parts", *options, "--steps", 3)[0]["step"] == 3
     out = tmp_path / "parts"
-    process = subprocess.Popen(
-        command(ROOT / "pmsn.py", out, *options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
-    )
-    while process.poll() is None and results(out)[0]["step"] < 9:
+    assert run(out, *options, "--steps=3")[0]["step"] == 3
+    forked = multiprocessing.get_context("forkserver")
+    options_of_killed = [*options, "--save-minutes=0.00001"]  # a checkpoint after every update
+    process = forked.Process(target=run, args=(out, *options_of_killed))
+    process.start()
+    while process.is_alive() and results(out)[0]["step"] < 9:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=100)
+    process.kill()
+    process.join(timeout=100)
+    assert process.exitcode == -9
     assert 9 <= results(out)[0]["step"] < steps
     assert_same_run(run(out, *options), whole)
 
 
-def test_torchrun_of_two_equals_one_process(tmp_path):
-    options = "--k-classes", 24, "--log-every", 1, "--steps", 3, "--exponent", 1, "--lr", 0.001
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    two = command(ROOT / "pmsn.py", tmp_path / "two", *options)[2:]
-    done = subprocess.run([*start, *two], capture_output=True, text=True, timeout=200)
+TWO = ["--k-classes=24", "--log-every=1", "--steps=3", "--exponent=1", "--lr=0.001"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder in which torchrun has run pmsn.py in two processes, beside sampler.py alone."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("pmsn.py", "sampler.py"):
+        shutil.copy(ROOT / name, home)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line = [*torchrun, "pmsn.py", *TINY, "--out=out", *TWO]
+    done = subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    one = run(tmp_path / "one", *options)
-    for mine, theirs in zip(results(tmp_path / "two")[1], one[1], strict=True):
+    return home
+
+
+def test_two_files_alone_suffice(home):
+    assert results(home / "out")[0]["step"] == 3
+
+
+def test_torchrun_of_two_equals_one_process(home, tmp_path):
+    one = run(tmp_path / "one", *TWO)
+    for mine, theirs in zip(results(home / "out")[1], one[1], strict=True):
         for name in ("loss", "cross_entropy", "kl", "entropy", "gradient_norm"):
             np.testing.assert_allclose(mine[name], theirs[name], rtol=1e-4, err_msg=name)
         np.testing.assert_allclose(mine["usage"], theirs["usage"], rtol=0.01)
@@ -345,16 +335,18 @@ def test_torchrun_of_two_equals_one_process(tmp_path):
 def test_log_and_picture_show_use_against_prior(tmp_path):
     path = tmp_path / "prior.txt"
     path.write_text("0\n3\n" + "1\n" * 14)
-    options = "--prior", f"file:{path}", "--log-every", 4, "--prior-weight", 2.0, "--lr", 0.01
-    state, log = run(tmp_path, "--steps", 8, *options)
-    prior = pmsn.open_prior(f"file:{path}", 0.0, 16)
+    options = [f"--prior=file:{path}", "--log-every=4", "--prior-weight=2", "--lr=0.01"]
+    _, log = run(tmp_path, "--steps=8", *options)
+    prior = open_prior(f"file:{path}", 0.0, 16)
     for line in log:
         expected = line["cross_entropy"] + 2 * line["kl"]
         np.testing.assert_allclose(line["loss"], expected, rtol=1e-5)
         assert line["kl"] > 0 and 0 < line["entropy"] < np.log(16)
         assert line["usage"] == sorted(line["usage"], reverse=True) and len(line["usage"]) == 11
         assert line["prior"][0] == float(f"{prior.max():.3g}") and line["prior"][-1] == 0
-    assert log[0]["kl"] > log[1]["kl"]
+    assert [line["step"] for line in log] == [1, 2, 4, 8]  # the first lines come early
+    of_steps_1_to_4 = (log[0]["kl"] + log[1]["kl"] + 2 * log[2]["kl"]) / 4
+    assert of_steps_1_to_4 > log[3]["kl"]
     with Image.open(tmp_path / "prior.png") as picture:
         pixels = np.asarray(picture).reshape(-1, 3)
     assert {(255, 255, 255), (0, 0, 0), (255, 0, 0)} <= set(map(tuple, pixels))
@@ -362,34 +354,28 @@ def test_log_and_picture_show_use_against_prior(tmp_path):
 
 
 def test_the_logged_entropy_is_that_of_the_mean_prediction(tmp_path, monkeypatch):
-    """It comes from kl and use; here the step is asked for it directly."""
-    entropies, step = [], pmsn.pmsn_step
+    """The step computes it from kl and the prior; here it is computed directly."""
+    rows = []
+    average = pmsn.Run.average_metrics
 
-    def spy(*arguments, **options):
-        result = step(*arguments, **options)
-        entropies.append(-(result[1] * result[1].log()).sum().item())
-        return result
+    def spy(run):
+        rows.append(run.metrics[-1])
+        return average(run)
 
-    monkeypatch.setattr(pmsn, "pmsn_step", spy)
-    _, log = run(tmp_path, "--steps", 3, "--log-every", 3, "--exponent", 1)
-    np.testing.assert_allclose(log[0]["entropy"], np.mean(entropies), rtol=1e-5)
-
-
-def test_two_files_alone_suffice(tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    for name in ("pmsn.py", "sampler.py"):
-        shutil.copy(ROOT / name, home)
-    line = command(home / "pmsn.py", home / "out", "--steps", 2)
-    done = subprocess.run(line, cwd=home, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-    assert results(home / "out")[0]["step"] == 2
+    monkeypatch.setattr(pmsn.Run, "average_metrics", spy)
+    _, log = run(tmp_path, "--steps=3", "--log-every=1", "--exponent=1")
+    assert len(log) == len(rows) == 3
+    for line, metrics in zip(log, rows):
+        assert not any(x.requires_grad for x in metrics.values())  # no graph is kept
+        usage = metrics["usage"]
+        entropy = -(usage * usage.log()).sum().item()
+        np.testing.assert_allclose(line["entropy"], entropy, rtol=1e-5)
+        information = entropy - line["cross_entropy"]
+        np.testing.assert_allclose(line["information"], information, rtol=1e-4, atol=1e-5)
 
 
 def test_the_difference_to_msn_is_small():
-    done = subprocess.run(
-        ["diff", "msn.py", "pmsn.py"], cwd=ROOT, capture_output=True, text=True, env=os.environ
-    )
+    done = subprocess.run(["diff", "msn.py", "pmsn.py"], cwd=ROOT, capture_output=True, text=True)
     changed = done.stdout.splitlines()
     assert 0 < sum(line.startswith("<") for line in changed) <= 40
     assert 0 < sum(line.startswith(">") for line in changed) <= 40

@@ -4,6 +4,7 @@ import itertools
 import json
 
 import numpy as np
+import pytest
 import reproduce
 import torch
 from scipy.stats import entropy
@@ -13,11 +14,19 @@ import msn
 import pmsn
 
 
+@pytest.fixture
+def few_drawings(monkeypatch):
+    """Plates are drawn in a second, not in ten. Codes are the same, however many there are."""
+    monkeypatch.setattr(reproduce, "DRAWINGS", 20)
+    monkeypatch.setattr(reproduce, "TRAINING", (2, 3))
+    monkeypatch.setattr(reproduce, "TEST", (2,))
+
+
 def test_commands_are_those_of_the_scripts():
+    modules = {"msn.py": msn, "pmsn.py": pmsn}
     for data, options in reproduce.DATA.items():
         for script, *rest in reproduce.METHODS.values():
-            module = dict(zip(("msn.py", "pmsn.py"), (msn, pmsn)))[script]
-            args = module.parse_args([*options, *rest, "--seed", "2"])
+            args = modules[script].parse_args([*options, *rest, "--seed", "2"])
             assert args.sinkhorn and args.long_tail == (data == "long-tailed")
             images = 1173 if args.long_tail else 50_000
             epoch = images // args.batch_size
@@ -59,12 +68,14 @@ def test_finished_runs_are_kept_and_the_table_is_of_what_is_there(tmp_path, monk
 
 def test_what_prototypes_tell():
     rng = np.random.default_rng(0)
-    digit, noise = rng.integers(4, size=1000), rng.integers(4, size=1000)
+    digit = rng.integers(4, size=1000)
+    noise = rng.integers(4, size=1000)
     mixed = np.where(rng.random(1000) < 0.3, noise, digit)
     share = mutual_info_score(mixed, digit) / entropy(np.bincount(digit))
     np.testing.assert_allclose(reproduce.told(mixed, digit), 100 * share)
     assert 30 < 100 * share < 60
-    a, b = np.arange(400) // 100, np.arange(400) % 4
+    a = np.arange(400) // 100
+    b = np.arange(400) % 4
     np.testing.assert_allclose(reproduce.told(7 - a, a), 100)
     np.testing.assert_allclose(reproduce.told(a // 2, a), 50)
     np.testing.assert_allclose(reproduce.told(a, b), 0, atol=1e-9)
@@ -72,23 +83,27 @@ def test_what_prototypes_tell():
 
 
 def test_toy_plates():
-    images, a, b = reproduce.toy_plates((2, 3))
-    assert len(images) == 2 * 10 * 10 * 50 and images.shape[1:] == (1, 32, 32)
-    assert (10 * a + b).bincount().tolist() == [100] * 100
-    torch.testing.assert_close(images.mean(dim=(1, 2, 3)), torch.zeros(10000), atol=1e-5, rtol=0)
+    for seed in (2, 3):
+        images, a, b = reproduce.toy_plates(20, seed)
+        assert len(images) == 10 * 10 * 20 and images.shape[1:] == (1, 32, 32)
+        assert (10 * a + b).bincount().tolist() == [20] * 100
+        torch.testing.assert_close(images.mean(dim=(1, 2, 3)), torch.zeros(2000), atol=1e-5, rtol=0)
+    other, _, _ = reproduce.toy_plates(20, 2)
+    assert not torch.equal(images, other)  # each seed has drawings of its own
 
 
-def test_toy_draws_by_the_shares_and_in_its_form(monkeypatch):
+def test_toy_draws_by_the_shares_and_in_its_form(few_drawings, monkeypatch):
     """Views are caught: a is balanced, b follows the power law, a view is of its cell's number, and
     both are of one drawing or of two."""
-    images, a, b, _ = reproduce.toy_data((2, 3, 4, 5, 6, 7), codes=False)
-    flat, seen = images.flatten(1), []
-    assert (2 * a + b).bincount().tolist() == [300] * 4
+    images, a, b, _ = reproduce.toy_data(reproduce.TRAINING, codes=False)
+    assert (2 * a + b).bincount().tolist() == [40] * 4
+    flat = images.flatten(1)
+    seen = []
 
-    def step(model, target, optimizer, views, keep, **options):
-        assert options["sinkhorn"] and options["prior"].shape == (2,)
-        seen.append([view.flatten(1) for view in views])
-        return torch.zeros(4), None, None
+    def step(model, target, optimizer, target_view, anchor_views, keep, prior, rates, args):
+        assert args.sinkhorn and prior.shape == (2,) and len(anchor_views) == 1
+        seen.append([target_view.flatten(1), anchor_views[0].flatten(1)])
+        return dict(loss=torch.zeros(())), None
 
     monkeypatch.setattr(reproduce.pmsn, "pmsn_step", step)
     for drawings in (True, False):
@@ -109,10 +124,10 @@ def test_toy_draws_by_the_shares_and_in_its_form(monkeypatch):
         assert (view[:, :2].sum(dim=1) == 1).all() and (view[:, 2:].sum(dim=1) == 1).all()
 
 
-def test_priors_choose_the_digit():
+def test_priors_choose_the_digit(few_drawings):
     """The toy's point, in seconds: on codes the uniform prior keeps a, which the matching one
-    discards, and discards b."""
-    form = reproduce.CODES | dict(noise=0.5)
+    discards, and discards b. After 300 steps every seed from 0 to 5 says so."""
+    form = reproduce.CODES | dict(noise=0.5, steps=300)
     uniform = [reproduce.toy(0.0, seed, **form) for seed in (0, 1, 2)]
     matching = [reproduce.toy(reproduce.TAIL, seed, **form) for seed in (0, 1, 2)]
     assert min(a for a, _, _ in uniform) > 90 and max(b for _, b, _ in uniform) < 10
@@ -121,7 +136,8 @@ def test_priors_choose_the_digit():
 
 def test_toy_runs_are_kept_and_its_table_is_of_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(reproduce, "toy", lambda exponent, seed, **form: (exponent, seed, 5 - seed))
-    forms, threads = list(reproduce.FORMS), torch.get_num_threads()
+    forms = list(reproduce.FORMS)
+    threads = torch.get_num_threads()
     for exponent, seed in itertools.product((0.0, 2.0), (0, 1, 2)):
         reproduce.toy_run((tmp_path, forms[1], exponent, seed))
     monkeypatch.setattr(reproduce, "toy", None)  # what is there is not run again

@@ -1,5 +1,7 @@
-"""sampler.py: what a batch holds, what an epoch adds up to, processes, bad input, speed, prior."""
+"""sampler.py: data sets, what a batch holds, what an epoch adds up to, processes, bad input, speed,
+the prior."""
 
+import json
 import math
 import re
 import time
@@ -10,22 +12,181 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from sampler import KClassBatchSampler, power_law_prior
+from sampler import (
+    KClassBatchSampler,
+    draw_plates,
+    long_tail,
+    open_data,
+    open_prior,
+    power_law_prior,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "power_law.npz"
 
 
+# ---- 1. Data sets
+
+
+@pytest.fixture(scope="module")
+def plates():
+    """The training set of plates, its labels, and the seconds that it took."""
+    start = time.process_time()  # of this process: other programs do not count
+    images, labels = draw_plates(50, seed=0)
+    return images, labels, time.process_time() - start
+
+
+def test_plates_are_drawn_in_seconds(plates):
+    images, labels, seconds = plates
+    assert seconds < 15  # 2.5 s alone; threads that wait count too
+    assert images.shape == (50_000, 1, 32, 32) and images.dtype == torch.uint8
+    number, digits, count, size = (labels[k] for k in ("number", "digits", "count", "size"))
+    assert next(iter(labels)) == "number"  # the class
+    assert torch.equal(number.bincount(), torch.full([1000], 50))
+    assert torch.equal(digits @ torch.tensor([100, 10, 1]), number)
+    assert digits.shape == (50_000, 3) and digits.min() == 0 and digits.max() == 9
+    for bins, labels in ((4, count), (3, size)):  # near uniform: 5 standard deviations
+        share = labels.bincount(minlength=bins) / 50_000
+        assert len(share) == bins and (share - 1 / bins).abs().max() < 5 * (0.25 / 50_000) ** 0.5
+
+
+def test_plates_follow_from_their_seed():
+    torch.manual_seed(1)
+    images, labels = draw_plates(2, seed=3)
+    state = torch.get_rng_state()
+    again, same = draw_plates(2, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)  # numbers of its own
+    other, _ = draw_plates(2, seed=4)
+    assert torch.equal(images, again)
+    assert all(torch.equal(labels[name], same[name]) for name in labels)
+    assert (images.int() - other.int()).abs().float().mean() > 20
+
+
+def test_plates_show_their_labels(plates):
+    twenty = torch.arange(50_000) % 50 < 20  # of each class; all would take longer
+    images = plates[0][twenty]
+    labels = {name: values[twenty] for name, values in plates[1].items()}
+    pixels = images[:, 0].float()
+    ground = pixels.flatten(1).mode(dim=1).values.view(-1, 1, 1)
+    marks = (pixels - ground).abs().flatten(1)
+    marks = marks / marks.amax(dim=1, keepdim=True)  # ink of the number is 1, discs are fainter
+    inked = (marks > 0.6).float()
+    known = torch.arange(len(marks)) % 20 >= 2
+    means = inked[known].view(1000, 18, -1).mean(dim=1)
+    guess = F.normalize(inked[~known]) @ F.normalize(means).T
+    assert (guess.argmax(dim=1) == labels["number"][~known]).float().mean() > 0.1  # chance: 0.001
+    faint = ((marks > 0.05) & (marks < 0.4)).float().mean(dim=1)
+    by_count = torch.stack([faint[labels["count"] == count].mean() for count in range(4)])
+    assert (by_count.diff() > 0.01).all()
+    columns = torch.arange(len(marks[0])) % 32
+    spread = (inked * (columns - 15.5).square()).sum(1) / inked.sum(1)
+    by_size = torch.stack([spread[labels["size"] == size].mean() for size in range(3)])
+    assert (by_size.diff() > 0.5).all()
+
+
+def test_the_two_sets_of_plates_differ_in_seed_and_size(monkeypatch):
+    monkeypatch.setattr("sampler.draw_plates", lambda per_class, seed: (per_class, seed))
+    assert open_data("plates", "train") == (50, 0)
+    assert open_data("plates", "val") == (10, 1)
+
+
+def test_cifar_is_one_tensor(monkeypatch):
+    class Published:
+        def __init__(self, root, train, download):
+            assert root == "data" and download
+            self.data = np.arange(4 * 32 * 32 * 3, dtype=np.uint8).reshape(4, 32, 32, 3) + train
+            self.targets = [3, 1, 2, 3]
+
+    for data, name in (("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")):
+        monkeypatch.setattr(f"sampler.{name}", Published)
+        for split in ("train", "val"):
+            images, labels = open_data(data, split)
+            assert images.dtype == torch.uint8 and images.shape == (4, 3, 32, 32)
+            expected = Published("data", split == "train", True).data
+            assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
+            assert {k: x.tolist() for k, x in labels.items()} == {"class": [3, 1, 2, 3]}
+
+        def unreachable(*_, **__):
+            raise RuntimeError("no network\nsecond line")
+
+        monkeypatch.setattr(f"sampler.{name}", unreachable)
+        with pytest.raises(ValueError) as error:
+            open_data(data, "train")
+        assert str(error.value).startswith(f"{data}: needs a download or ./data (RuntimeError: no")
+        assert "\n" not in str(error.value)
+
+
+def test_folders_and_listings_are_read(tmp_path):
+    names = ["train/b/2.png", "train/a/1.png", "train/b/10.png", "val/a/0.png", "val/c/0.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    in_order = ["train/a/1.png", "train/b/10.png", "train/b/2.png"]
+    paths, labels = open_data(str(tmp_path), "train")
+    assert paths == [str(tmp_path / name) for name in in_order]
+    assert {k: x.tolist() for k, x in labels.items()} == {"class": [0, 1, 1]}
+    assert open_data(str(tmp_path), "val")[1]["class"].tolist() == [0, 1]
+    listing = dict(  # iNaturalist's: images in any order, and annotations in another
+        images=[dict(id=7, file_name="train/b/2.png"), dict(id=5, file_name="train/a/1.png")],
+        annotations=[dict(image_id=5, category_id=40), dict(image_id=7, category_id=2)],
+    )
+    (tmp_path / "train2018.json").write_text(json.dumps(listing))
+    paths, labels = open_data(str(tmp_path), "train")
+    assert paths == [str(tmp_path / name) for name in ("train/b/2.png", "train/a/1.png")]
+    assert labels["class"].tolist() == [2, 40]
+    assert len(open_data(str(tmp_path), "val")[0]) == 2  # only what is listed is read from a list
+
+
+@pytest.mark.parametrize(
+    "kind", ["missing", "empty", "no classes", "empty classes", "a file", "listing"]
+)
+def test_folders_without_pictures_are_refused(kind, tmp_path):
+    data = tmp_path / "data"
+    if kind == "a file":
+        data.touch()
+    elif kind != "missing":
+        (data / ("train/class0" if kind == "empty classes" else "train")).mkdir(parents=True)
+    if kind == "no classes":
+        Image.new("RGB", (8, 8)).save(data / "train/picture.png")
+    if kind == "listing":
+        (data / "train2018.json").write_text('{"images": []}')
+    with pytest.raises(ValueError) as error:
+        open_data(str(data), "train")
+    assert str(error.value).startswith(f"{data}: needs {data}/train/CLASS/IMAGE (")
+    assert "\n" not in str(error.value)
+
+
+def test_long_tail_keeps_a_power_of_the_rank():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
+    for exponent, expected in (
+        (0.0, [100] * 10),
+        (1.0, [100, 50, 33, 25, 20, 17, 14, 12, 11, 10]),
+        (0.5, [100, 71, 58, 50, 45, 41, 38, 35, 33, 32]),
+        (9.0, [100] + [1] * 9),  # at least one
+    ):
+        kept = long_tail(labels, exponent, seed=0)
+        np.testing.assert_array_equal(np.bincount(labels[kept], minlength=10), expected)
+        assert len(set(kept.tolist())) == len(kept)
+    first, again, other = (long_tail(labels, 1.0, seed=seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(first, again)
+    assert set(first.tolist()) != set(other.tolist())
+
+
+# ---- 2. A batch and an epoch
+
+
 def epoch_of(labels, batch_size, k_classes=None, *, epoch=0, **options):
-    """The batches of one epoch -> (batches, images of this process)."""
+    """The batches of one epoch: (batches, images of this process)."""
     sampler = KClassBatchSampler(labels, batch_size, k_classes, **options)
     sampler.set_epoch(epoch)
     return np.array(list(sampler))
 
 
 def epochs_of(labels, batch_size, k_classes=None, *, epochs):
-    """The batches of many epochs of one sampler -> (epochs, batches, batch size)."""
+    """The batches of many epochs of one sampler: (epochs, batches, batch size)."""
     sampler = KClassBatchSampler(labels, batch_size, k_classes)
     batches = []
     for epoch in range(epochs):
@@ -47,9 +208,12 @@ def audit(labels, batch_size, k_classes, *, seed=0, epoch=0):
     sampler = KClassBatchSampler(labels, batch_size, k_classes, seed=seed)
     sampler.set_epoch(epoch)
     _, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    least, most = batch_size // k_classes, -(-batch_size // k_classes)
-    by_class, starts = np.argsort(labels), np.cumsum(sizes) - sizes
-    seen, batches = np.zeros(len(labels), int), 0
+    least = batch_size // k_classes
+    most = math.ceil(batch_size / k_classes)
+    by_class = np.argsort(labels)
+    starts = np.cumsum(sizes) - sizes
+    seen = np.zeros(len(labels), int)
+    batches = 0
     for batch in sampler:
         assert len(batch) == batch_size
         images = np.bincount(batch, minlength=len(labels))  # how often each is in this batch
@@ -59,7 +223,8 @@ def audit(labels, batch_size, k_classes, *, seed=0, epoch=0):
         # 0 or 1 where a class has images enough, else as even as whole numbers can be
         assert (images >= (classes // sizes)[labels]).all()
         assert (images <= (-(-classes // sizes))[labels]).all()
-        seen, batches = seen + images, batches + 1
+        seen = seen + images
+        batches += 1
         assert np.ptp(np.bincount(labels, weights=seen)) <= most
         in_order = seen[by_class]
         spread = np.maximum.reduceat(in_order, starts) - np.minimum.reduceat(in_order, starts)
@@ -77,9 +242,6 @@ def assert_equal_rates(counts, rate):
 def labels_of(sizes, seed=0):
     """Shuffled labels, sizes[c] of class c."""
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
-
-
-# ---- 1. A batch and an epoch
 
 
 @pytest.mark.parametrize("k_classes", [1, 2, 3, 8, 15, 16])
@@ -130,7 +292,7 @@ def test_length(images, batch_size, batches, k_classes):
         assert len(sampler) == batches == len(list(sampler))
 
 
-# ---- 2. Many epochs
+# ---- 3. Many epochs
 
 
 def test_every_class_and_image_is_seen_equally_often():
@@ -154,7 +316,8 @@ def test_larger_shares_and_company_are_random():
     labels = labels_of([10] * 8)  # batches of 10 with 4 of 8 classes: 3 + 3 + 2 + 2 images
     batches = epochs_of(labels, 10, 4, epochs=1500)
     counts = times_drawn(labels[batches], 8)
-    present, larger = 1.0 * (counts > 0), 1.0 * (counts == 3)
+    present = 1.0 * (counts > 0)
+    larger = 1.0 * (counts == 3)
     for batch in range(8):  # each batch on its own: later ones do not make up for earlier ones
         assert_equal_rates(present[:, batch], 4 / 8)
         assert_equal_rates(larger[:, batch], 2 / 8)
@@ -178,7 +341,7 @@ def test_decks_are_shuffled_anew():
             assert_equal_rates(overlaps[:, batch, [other]], means[batch, other])
 
 
-# ---- 3. Processes
+# ---- 4. Processes
 
 
 @pytest.mark.parametrize("k_classes", [None, 1, 3, 10])
@@ -209,7 +372,7 @@ def test_a_cut_is_a_random_part_of_the_batch():
     assert abs(neighbours.mean() - 7 / 63) < 5 * neighbours.std() / np.sqrt(len(cuts))
 
 
-# ---- 4. Reproducible
+# ---- 5. Reproducible
 
 
 @pytest.mark.parametrize("k_classes", [None, 4])
@@ -240,7 +403,7 @@ def test_epochs_and_seeds_differ(k_classes):
     assert len({frozenset(batch) for batch in batches}) == len(runs)
 
 
-# ---- 5. Kinds of labels
+# ---- 6. Forms of labels
 
 
 def test_items_are_lists_of_int():
@@ -253,7 +416,8 @@ def test_forms_of_labels():
     labels = labels_of([9] * 7)
     expected = epoch_of(labels, 10, 4)
     forms = [labels.tolist(), tuple(labels.tolist()), list(labels), labels.repeat(2)[::2]]
-    forms += [labels.astype(kind) for kind in "int8 uint8 int16 uint16 int32 uint64".split()]
+    kinds = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint64]
+    forms += [labels.astype(kind) for kind in kinds]
     forms += [torch.tensor(labels, dtype=kind) for kind in (torch.int64, torch.int32, torch.uint8)]
     for form in forms:
         np.testing.assert_array_equal(epoch_of(form, 10, 4), expected)
@@ -280,7 +444,7 @@ def test_as_batch_sampler_of_a_loader():
     assert [indices.tolist() for indices, _ in loader] == list(sampler)
 
 
-# ---- 6. Bad input: one line that says what is wrong and what would be right
+# ---- 7. Bad input: one line that says what is wrong and what would be right
 
 BAD = {
     "more classes than there are": (dict(k_classes=11), "11 10"),
@@ -318,7 +482,7 @@ def test_limits_are_accepted():
     assert epoch_of(labels, 100, rank=3, world_size=4).shape == (1, 25)
 
 
-# ---- 7. Speed and memory at the size of ImageNet and iNaturalist18
+# ---- 8. Speed and memory at the size of ImageNet and iNaturalist18
 
 
 def large(name):
@@ -342,7 +506,8 @@ def test_speed_and_memory(name, images):
     sampler = KClassBatchSampler(labels.tolist(), 4096, 960)
     assert clock() - start < 1.0  # seconds
 
-    batches, times = iter(sampler), []
+    batches = iter(sampler)
+    times = []
     for _ in range(50):
         start = clock()
         batch = next(batches)
@@ -363,7 +528,7 @@ def test_speed_and_memory(name, images):
     assert peak < 200e6  # bytes
 
 
-# ---- 8. Prior
+# ---- 9. Prior
 
 
 @pytest.mark.parametrize("num_prototypes", [1, 2, 10, 1024])
@@ -393,3 +558,58 @@ def test_power_law_against_reference():
 def test_power_law_of_no_prototypes():
     with pytest.raises(ValueError, match="num_prototypes is 0.* at least 1"):
         power_law_prior(0, 0.25)
+
+
+def test_priors_from_files(tmp_path):
+    weights = [4, 0, 2.5, 1.5]
+    (tmp_path / "a.txt").write_text("4\n0\n2.5\n1.5\n")
+    np.save(tmp_path / "a.npy", np.array(weights, np.float32))
+    np.save(tmp_path / "b.npy", np.array([1, 2, 3, 4]))
+    for name, expected in (("a.txt", weights), ("a.npy", weights), ("b.npy", [1, 2, 3, 4])):
+        prior = open_prior(f"file:{tmp_path / name}", 0.25, 4)
+        np.testing.assert_allclose(prior, np.array(expected) / sum(expected), rtol=1e-15)
+        assert prior.dtype == torch.float64
+    assert torch.equal(open_prior("power-law", 0.5, 9), power_law_prior(9, 0.5))
+    assert torch.equal(open_prior("uniform", 0.5, 9), power_law_prior(9, 0.0))
+
+
+BAD_PRIORS = {  # of 16 weights
+    "a weight too many": "1\n" * 17,
+    "a weight too few": "1\n" * 15,
+    "none": "",
+    "negative": "1\n" * 15 + "-1\n",
+    "not a number": "1\n" * 15 + "nan\n",
+    "infinite": "1\n" * 15 + "inf\n",
+    "zeros": "0\n" * 16,
+    "words": "one\n" * 16,
+    "a picture": b"\x89PNG\xff\xfe",
+    "no file": None,
+}
+
+
+def write_bad_prior(kind, path):
+    """One of BAD_PRIORS as a file: text, or numpy's format if the name says so."""
+    content = BAD_PRIORS[kind]
+    numpy_format = path.suffix == ".npy" and kind != "words"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None and numpy_format:
+        np.save(path, np.array([float(x) for x in content.split()]))
+    elif content is not None:
+        path.write_text(content)
+
+
+@pytest.mark.parametrize("ending", ["txt", "npy"])
+@pytest.mark.parametrize("kind", BAD_PRIORS)
+def test_bad_priors_are_refused(kind, ending, tmp_path):
+    path = tmp_path / f"prior.{ending}"
+    write_bad_prior(kind, path)
+    with pytest.raises(ValueError) as error:
+        open_prior(f"file:{path}", 0.25, 16)
+    assert str(error.value).startswith(f"file:{path} (")
+    assert "give power-law, uniform or file:PATH of 16 weights" in str(error.value)
+
+
+def test_an_unknown_prior_is_refused():
+    with pytest.raises(ValueError, match="^zipf .*: give power-law, uniform or file:PATH"):
+        open_prior("zipf", 0.25, 16)
