@@ -357,8 +357,9 @@ def siamese_views(crops, args, device):
         args.blur_sigma, args.solarise, args.threshold,
     )  # fmt: skip
     pixels = normalise(pixels, args.standardise)
-    noise = torch.randn(V, B * world_size(), 1, *crops.shape[3:])[:, own_part(B)]
-    pixels = pixels + args.noise * noise.flatten(0, 1).to(device)
+    if args.noise:
+        noise = torch.randn(V, B * world_size(), 1, *crops.shape[3:])[:, own_part(B)]
+        pixels = pixels + args.noise * noise.flatten(0, 1).to(device)
     return pixels.unflatten(0, (V, B))
 
 
