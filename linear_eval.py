@@ -25,33 +25,40 @@ features, L heads that share a feature and a normalisation, T targets per image,
 
 import argparse
 import contextlib
+import errno
 import functools
 import itertools
 import json
 import math
 import os
 import re
+import signal
+import socket
 import sys
+import threading
+import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # idle threads sleep soon: 5x on a busy machine
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.nn import BatchNorm2d as BatchNorm  # a frozen one has nothing to synchronise
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import models
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import open_data
+from sampler import IN_MEMORY, is_hidden, open_data
 
 # ---- 1. Tasks, protocols and options
 VISSL = dict(  # its defaults: configs/config/benchmark/linear_image_classification
@@ -104,7 +111,7 @@ def parse_args(argv=None):
         epilog="Defaults of None follow from the task's recipe or from the checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.error = lambda message: fail(re.sub(r"^argument (\S+): ", r"\1 ", message))
+    p.error = refuse_option
     p.add_argument("checkpoint", help="checkpoint.pt of a run, or a released file")
 
     g = p.add_argument_group("task")
@@ -114,10 +121,12 @@ def parse_args(argv=None):
                    help="plates: digits, number, count or size; CLEVR: count or dist; KITTI: dist; "
                         "others: class; None: the first of these")  # fmt: skip
     g.add_argument("--train-fraction", type=share_or_list, default="1",
-                   help="training images: a share of each class, N-per-class, or a file of image "
-                        "names")  # fmt: skip
+                   help="training images: a share of each class, N-per-class, or a file of NAME or "
+                        "CLASS/NAME, one a line")  # fmt: skip
     g.add_argument("--plain-pixels", action="store_true",
                    help="a released network takes pixels in [0, 1], as SimCLR's does")  # fmt: skip
+    g.add_argument("--heads", type=positive_int,
+                   help="attention heads of a released ViT; None: one for 64 channels")  # fmt: skip
 
     g = p.add_argument_group("heads")
     g.add_argument("--protocol", choices=PROTOCOLS, default="vissl",
@@ -153,11 +162,12 @@ def share_or_list(text):
 # ---- 2. Evaluation
 def evaluate(args, device):
     """Train the heads of a task on the frozen encoder's features, score them, write the report."""
-    encoder = load_encoder(args.checkpoint, args.plain_pixels)
-    task = open_task(choose_data(args, encoder), args.target, args.task)
-    recipe = choose_recipe(task, args)
-    parts = divide(task, recipe, args)
-    out = report_file(task, args)
+    with all_or_none():
+        encoder = load_encoder(args.checkpoint, args.plain_pixels, args.heads)
+        task = open_task(choose_data(args, encoder), args.target, args.task)
+        recipe = choose_recipe(task, args)
+        parts = divide(task, recipe, args)
+        out = report_file(task, args)
     key = evaluation_key(args, recipe, data=task.data, whole=len(parts.whole))
 
     encoders = dict(trained=encoder.to(device))
@@ -201,7 +211,7 @@ def evaluate(args, device):
 
 def main(argv=None):
     args = parse_args(argv)
-    with join_processes() as device:
+    with process_group() as device:
         evaluate(args, device)
 
 
@@ -209,7 +219,7 @@ def choose_data(args, encoder):
     """The name of the data set: --data, or else that of the run."""
     data = args.data or encoder.options["data"]
     if data is None:
-        fail("--data: needed, since a released checkpoint does not name its own: give one")
+        raise Refusal("--data: needed, since a released checkpoint does not name its own: give one")
     return data
 
 
@@ -270,7 +280,7 @@ def report_file(task, args):
         if out.is_dir():
             raise IsADirectoryError("it is a folder")
     except OSError as error:
-        fail(f"--out {out}: not writable ({error}): choose another file")
+        raise Refusal(f"--out {out}: not writable ({error}): choose another file") from None
     return out
 
 
@@ -279,17 +289,15 @@ class FeatureSource:
     in `train` and `test`; those of augmented images are computed anew in every epoch."""
 
     def __init__(self, encoders, task, recipe, parts, args):
-        options = dict(
-            size=encoders["trained"].options["image_size"],
-            squash=recipe["squash"],
-            seed=args.seed,
-        )
+        size = encoders["trained"].options["image_size"]
+        options = dict(size=size, squash=recipe["squash"], seed=args.seed)
         self.images = Images(task.train.images, augment=recipe["augment"], **options)
         self.test_images = Images(task.test.images, augment="none", **options)
-        workers = os.cpu_count() // world_size() if args.workers is None else args.workers
+        workers = cores_of_process() if args.workers is None else args.workers
         self.encode = functools.partial(
             encode, encoders, wanted=recipe["features"], workers=workers
         )
+        self.dim = sum(feature_widths(encoders, size, recipe["features"]).values())
         self.task = task
         self.parts = parts
         self.augmented = recipe["augment"] != "none"
@@ -301,9 +309,10 @@ class FeatureSource:
         parts = self.parts
         saved = load_partial(file, key)
         if not saved:
+            warn_of_size(len(parts.whole) + len(parts.test), self.dim, device)
             saved = dict(
-                train=collect(self.encode(self.images, parts.whole, 2000)),
-                test=collect(self.encode(self.test_images, parts.test, 2000)),
+                train=collect(self.encode(self.images, parts.whole, 2000), len(parts.whole)),
+                test=collect(self.encode(self.test_images, parts.test, 2000), len(parts.test)),
             )
             save_partial(file, key, saved)
         labels = self.task.train.labels[parts.whole]
@@ -672,8 +681,7 @@ def encode(encoders, images, order, batch_size, epoch=None, wanted=(), workers=0
     which features. A batch is cut into eight pieces, which the processes share: their number
     changes no bit."""
     device = next(encoders["trained"].parameters()).device
-    blank = torch.zeros(1, 3, images.size, images.size, dtype=torch.uint8, device=device)
-    widths = {name: x.shape[1] for name, x in all_features(encoders, blank, wanted).items()}
+    widths = feature_widths(encoders, images.size, wanted)
     batches = order.split(batch_size)
     piece = math.ceil(batch_size / 8)
     own = slice(rank(), None, world_size())  # this process's pieces of every batch
@@ -682,17 +690,32 @@ def encode(encoders, images, order, batch_size, epoch=None, wanted=(), workers=0
         for indices in batch.split(piece)[own]:
             items.append((epoch, indices.tolist()))
     workers = 0 if torch.is_tensor(images.images) else workers
-    pieces = iter(DataLoader(images, batch_size=None, sampler=items, num_workers=workers))
+    pieces = iter(
+        DataLoader(
+            images, batch_size=None, sampler=items, num_workers=workers, collate_fn=share_memory
+        )
+    )
     for batch in batches:
         joined = torch.zeros(len(batch), sum(widths.values()), device=device)
         for rows in torch.arange(len(batch)).split(piece)[own]:
             pixels = next(pieces)
             if isinstance(pixels, str):  # what could not be read
-                fail(pixels, everywhere=True)
+                fail(name_process(pixels), everywhere=True)
             found = all_features(encoders, pixels.to(device), wanted)
             joined[rows] = torch.cat([*found.values()], dim=1)
         dist.all_reduce(joined)  # a sum: the rows of other processes are 0 here
         yield batch, dict(zip(widths, joined.split([*widths.values()], dim=1)))
+
+
+def feature_widths(encoders, size, wanted):
+    """The numbers that each of the wanted features has: {(encoder, feature): D}."""
+    device = next(encoders["trained"].parameters()).device
+    blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=device)
+    found = all_features(encoders, blank, wanted)
+    if not found:
+        own = ", ".join(features(encoders["trained"], blank))
+        fail(f"--protocol: it reads {' or '.join(wanted)}, this network has {own}: choose another")
+    return {name: x.shape[1] for name, x in found.items()}
 
 
 def all_features(encoders, pixels, wanted):
@@ -709,7 +732,10 @@ def all_features(encoders, pixels, wanted):
 def features(encoder, images):
     """uint8 (B, 3, size, size) -> {name: (B, D)}. Of a ResNet `pooled`. Of a ViT `cls`, after the
     final norm; `raw`, before it; `cls4`, of the last four blocks, each after the final norm;
-    `patches`, the mean of the patches' tokens."""
+    `patches`, the mean of the patches' tokens.
+
+    A released ViT with fc_norm has this after the mean, and mostly no norm of its tokens, as in
+    timm. One without a cls token has `patches` alone."""
     x = images.float() / 255
     if "standardise" in encoder.options:  # SimCLR takes pixels as they are
         x = normalise(x, encoder.options["standardise"])
@@ -717,47 +743,422 @@ def features(encoder, images):
         return dict(pooled=encoder(x))
     outputs = encoder.tokens(x)
     normed = [encoder.norm(tokens) for tokens in outputs]
+    patches = encoder.fc_norm(normed[-1][:, encoder.front :].mean(dim=1))
+    if encoder.cls_token is None:
+        return dict(patches=patches)
     return dict(
         cls=normed[-1][:, 0],
         raw=outputs[-1][:, 0],
         cls4=torch.cat([tokens[:, 0] for tokens in normed], dim=1),
-        patches=normed[-1][:, 1:].mean(dim=1),
+        patches=patches,
     )
 
 
-def collect(batches):
+def collect(batches, N):
     """All features that `encode` yields, in its order: {name: (N, D)}. Refuses a diverged run's."""
     hidden = None if rank() == 0 else True
-    parts = [found for _, found in tqdm(batches, "features", disable=hidden)]
-    joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    if not all(x.isfinite().all() for x in joined.values()):
-        fail("the encoder's features are not finite: the run has diverged; give another checkpoint")
+    joined = {}
+    end = 0
+    for indices, found in tqdm(batches, "features", disable=hidden):
+        start = end
+        end += len(indices)
+        for name, x in found.items():
+            if not x.isfinite().all():
+                fail("the encoder's features are not finite: the run has diverged; give another "
+                     "checkpoint")  # fmt: skip
+            if name not in joined:
+                joined[name] = x.new_empty(N, x.shape[1])  # once: they may fill half the memory
+            joined[name][start:end] = x
     return joined
 
 
+def warn_of_size(images, dim, device):
+    """Say so, before hours of work, if features of so many images take much of the memory."""
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+        processes = 1
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    size = 4 * images * dim * processes
+    if size > memory / 4 and rank() == 0:
+        print(f"warning: the features of {images:,} images will take {size / 1e9:.1f} GB of "
+              f"{memory / 1e9:.1f} GB of memory: --no-untrained halves that, --train-fraction or "
+              "leaving out --cached, --knn and --nearest saves more", flush=True)  # fmt: skip
+
+
 # ---- 5. Encoders
-def load_encoder(path, plain_pixels=False):
+def load_encoder(path, plain_pixels=False, heads=None):
     """The encoder of a checkpoint of ours or of a released file, frozen, in evaluation mode; its
     .options are the run's, its .step the number of updates, None in a released file.
 
-    plain_pixels: a released network takes pixels in [0, 1] as they are."""
-    if not Path(path).is_file():
-        fail(f"{path}: no such file; give a run's checkpoint.pt")
+    plain_pixels: a released network takes pixels in [0, 1] as they are. heads: of a released ViT,
+    whose weights do not tell; None: one for 64 channels. Prints how a released file was read."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if "options" not in state:
-            state = released_checkpoint(state, plain_pixels)
+        return open_encoder(path, plain_pixels, heads)
+    except Refusal as refusal:
+        if dist.is_initialized():
+            raise  # all_or_none prints it, once for all processes
+        fail(str(refusal))
+
+
+def open_encoder(path, plain_pixels, heads):
+    """load_encoder's work. Refusal: a file without an encoder like those that are built here."""
+    if not Path(path).is_file():
+        raise Refusal(f"{path}: no such file; give a run's checkpoint.pt")
+    state = read_checkpoint(path)
+    own = isinstance(state, dict) and isinstance(state.get("options"), dict)
+    if own and heads:
+        raise Refusal(f"--heads {heads}: {path} has its own: leave the option out")
+    foreign = "damaged or foreign checkpoint"
+    try:
+        if not own:
+            state = released_checkpoint(state, plain_pixels, heads)
         for name in ("data", "image_size"):  # the others are read below
             if name not in state["options"]:
                 raise KeyError(name)
         encoder = new_encoder(state["options"])
+        unlike = differences(encoder.state_dict(), state["encoder"])
+        if unlike:
+            what = describe(state["options"])
+            raise Refusal(
+                f"{foreign}, unlike the {what} that is built here: {unlike}: give another"
+            )
         encoder.load_state_dict(state["encoder"])
         encoder.step = state["step"]
-    except Exception as error:  # torch raises many kinds for damaged files
-        words = str(error).split()  # without the line breaks that torch's errors have
-        reason = f"{type(error).__name__}: {' '.join(words)}"[:400]
-        fail(f"{path}: damaged or foreign checkpoint ({reason}): give another")
+    except Refusal as refusal:
+        raise Refusal(f"{path}: {refusal}") from None
+    except Exception as error:  # of many kinds, if an option is missing or is no number
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise Refusal(f"{path}: {foreign} ({reason}): give another") from None
+    if not own and rank() == 0:
+        print(f"{path}: read as {state['found']}", flush=True)
     return encoder
+
+
+class Ignored:
+    """Whatever else a trainer saved, as an empty object."""
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+class PlainDict:
+    """A dictionary of some library, as one of Python's own."""
+
+    def __new__(cls, *args):
+        return OrderedDict()
+
+
+# What trainers save beside the weights, by module. Reading a file runs none of it and needs none
+# of these libraries: Ignored and PlainDict take their places. Everything else is refused.
+BESIDE_WEIGHTS = {
+    "argparse": ["Namespace"],
+    "types": ["SimpleNamespace"],
+    "pathlib": ["PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"],
+    "pathlib._local": ["PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"],
+    "datetime": ["datetime", "date", "timedelta"],
+    "typing": ["Any"],
+    "builtins": ["dict", "list", "tuple", "frozenset", "int", "float", "str", "bool"],
+    "numpy": ["dtype", "ndarray", "bool_", "float16", "float32", "float64", "int32", "int64"],
+    "numpy.core.multiarray": ["scalar", "_reconstruct"],
+    "numpy._core.multiarray": ["scalar", "_reconstruct"],
+    "torch.torch_version": ["TorchVersion"],
+    "omegaconf.dictconfig": ["DictConfig"],
+    "omegaconf.listconfig": ["ListConfig"],
+    "omegaconf.base": ["ContainerMetadata", "Metadata"],
+    "omegaconf.nodes": ["AnyNode", "StringNode", "IntegerNode", "FloatNode", "BooleanNode"],
+    "pytorch_lightning.callbacks.model_checkpoint": ["ModelCheckpoint"],
+}
+DICTIONARIES = {
+    "collections": ["defaultdict"],
+    "easydict": ["EasyDict"],
+    "yacs.config": ["CfgNode"],
+    "addict.addict": ["Dict"],
+    "mmengine.config.config": ["ConfigDict"],
+    "pytorch_lightning.utilities.parsing": ["AttributeDict"],
+    "lightning.pytorch.utilities.parsing": ["AttributeDict"],
+    "lightning_fabric.utilities.data": ["AttributeDict"],
+    "lightning.fabric.utilities.data": ["AttributeDict"],
+}
+
+
+def stand_ins():
+    """Classes of ours with these names, which torch then takes for the trainers'."""
+    classes = []
+    for kind, modules in ((Ignored, BESIDE_WEIGHTS), (PlainDict, DICTIONARIES)):
+        for module, names in modules.items():
+            for name in names:
+                classes.append(type(name, (kind,), dict(__module__=module)))
+    return classes
+
+
+def read_checkpoint(path):
+    """What a file holds. Nothing in it is run. Refusal: it holds more than weights, or is none."""
+    try:
+        if str(path).endswith(".safetensors"):
+            return read_safetensors(path)
+        with torch.serialization.safe_globals(stand_ins()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of files that are refused below
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for damaged files
+        reason = f"damaged or foreign checkpoint ({type(error).__name__})"
+        remedy = "copy it again, or give another"
+        more = re.search(r"GLOBAL ([\w.]+)|TorchScript", str(error))
+        if more:
+            reason = f"holds more than weights ({more[1] or 'TorchScript'})"
+            remedy = "save its state dict (torch.save(model.state_dict(), FILE)) and give that"
+        raise Refusal(f"{path}: {reason}: {remedy}") from None
+
+
+SAFETENSORS_TYPES = dict(
+    F64=torch.float64,
+    F32=torch.float32,
+    F16=torch.float16,
+    BF16=torch.bfloat16,
+    I64=torch.int64,
+    I32=torch.int32,
+    U8=torch.uint8,
+    BOOL=torch.bool,
+)
+
+
+def read_safetensors(path):
+    """{name: tensor} of a SafeTensors file: the header's size (8 bytes), the header, the data."""
+    content = bytearray(Path(path).read_bytes())
+    first = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:first])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        start, end = entry["data_offsets"]
+        numbers = content[first + start : first + end]
+        x = torch.frombuffer(numbers, dtype=SAFETENSORS_TYPES[entry["dtype"]])
+        tensors[name] = x.view(entry["shape"])
+    return tensors
+
+
+def released_checkpoint(state, plain_pixels, heads):
+    """A file of the official MSN, MAE, data2vec, VICReg, DINO or MoCo, of timm or torchvision, or
+    a converted SimCLR, in the form of our checkpoints. Which one it is follows from its names."""
+    tensors = flatten(state)
+    part = best_part(tensors)
+    weights = {}
+    for name, x in tensors.items():
+        own = name.removeprefix(part)
+        if name.startswith(part) and not own.startswith(NOT_ENCODER):
+            for theirs, ours in RENAMED:
+                own = own.replace(theirs, ours)
+            weights[own] = x
+    if "conv1.weight" in weights:
+        if heads:
+            raise Refusal(f"--heads {heads}: this is a ResNet: leave the option out")
+        options = resnet_sizes(weights)
+    else:
+        options = vit_sizes(weights, part, heads)
+    if "script" not in options:
+        decoder = [name for name in tensors if name.startswith(f"{part}decoder")]
+        options["script"] = "mae" if decoder else "msn"
+    options |= dict(seed=0, data=None)
+    pixels = "as they are"
+    if not plain_pixels:
+        options["standardise"] = False
+        pixels = "with ImageNet's mean and deviation (--plain-pixels: as they are)"
+    found = f"a {describe(options)}, pixels {pixels}"
+    if part:
+        found += f", from {part.removesuffix('.')}"
+    if options.get("heads") and not heads and options["script"] != "data2vec":
+        found += "; the number of heads is a guess from the width: --heads overrides it"
+        if options["dim"] == 384:
+            found += " (MoCo v3's ViT-S has 12)"
+    return dict(options=options, encoder=weights, step=None, found=found)
+
+
+def flatten(state, prefix=""):
+    """All tensors in nested dictionaries, by their names, joined with dots."""
+    tensors = {}
+    if not isinstance(state, dict):
+        return tensors
+    for key, x in state.items():
+        if isinstance(x, dict):
+            tensors |= flatten(x, f"{prefix}{key}.")
+        elif torch.is_tensor(x):
+            tensors[f"{prefix}{key}"] = x
+    return tensors
+
+
+# Of several networks in one file the moving average or the teacher is the one to evaluate, and the
+# student the last. MoCo's own evaluations take encoder_q or base_encoder, not the momentum's.
+PREFERRED = {"ema", "teacher", "target"}
+LAST = {"student", "online", "momentum", "k"}
+NOT_ENCODER = (
+    "head", "fc.", "decoder", "lm_head", "mask_token", "classifier", "linear", "pred", "proj",
+    "prototypes", "rel_pos_bias.relative_position_index",
+)  # fmt: skip
+RENAMED = [  # their names and ours
+    ("ls1.gamma", "gamma_1"),
+    ("ls2.gamma", "gamma_2"),
+    ("register_tokens", "reg_token"),
+]
+
+
+def best_part(tensors):
+    """What the names of the encoder begin with, such as "teacher.backbone."."""
+    parts = []
+    for name in tensors:
+        part = re.sub(r"(^|\.)(patch_embed\.proj|conv1)\.weight$", r"\1", name)
+        is_vit = f"{part}patch_embed.proj.weight" == name
+        is_resnet = f"{part}conv1.weight" == name and f"{part}layer1.0.conv1.weight" in tensors
+        if is_vit or is_resnet:
+            parts.append(part)
+    if not parts:
+        names = ", ".join(list(tensors)[:4]) or "no tensors"
+        raise Refusal(
+            "damaged or foreign checkpoint: no encoder found, which has, after any prefix, "
+            "patch_embed.proj.weight (ViT) or conv1.weight and layer1.0.conv1.weight (ResNet); "
+            f"it has {names}: give another"
+        )
+    ranks = [part_rank(part) for part in parts]
+    best = [part for part, rank in zip(parts, ranks) if rank == min(ranks)]
+    if len(best) > 1:
+        raise Refusal(f"holds several networks ({', '.join(best)}): save the state dict of one")
+    return best[0]
+
+
+def part_rank(part):
+    """0 for the part of a file to take if there are several, 2 for the last."""
+    words = set(re.split(r"[._]", part))
+    if words & PREFERRED:
+        return 0
+    return 2 if words & LAST else 1
+
+
+def resnet_sizes(weights):
+    """The options of a ResNet that has these weights."""
+    blocks = {".".join(name.split(".")[:2]) for name in weights if name.startswith("layer")}
+    counts = [sum(block.startswith(f"layer{i}") for block in blocks) for i in (1, 2, 3, 4)]
+    arch = "resnet50" if "layer1.0.conv3.weight" in weights else "resnet18"
+    if counts != ([3, 4, 6, 3] if arch == "resnet50" else [2, 2, 2, 2]):
+        kind = "three" if arch == "resnet50" else "two"
+        raise Refusal(f"a ResNet of {counts} blocks with {kind} convolutions: only ResNet-18 and "
+                      "ResNet-50 are built here: give another")  # fmt: skip
+    return dict(arch=arch, image_size=224 if weights["conv1.weight"].shape[2] == 7 else 32)
+
+
+def vit_sizes(weights, part, heads):
+    """The options of a ViT that has these weights. Sizes follow from shapes, but for the number of
+    heads."""
+    shape = weights["patch_embed.proj.weight"].shape
+    if len(shape) != 4:
+        raise Refusal(f"a network whose patches have the shape {[*shape]}: give a ViT of images")
+    dim = shape[0]
+    patch_size = shape[2]
+    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    options = dict(dim=dim, patch_size=patch_size, depth=depth)
+    variant = dict(
+        cls_token="cls_token" in weights,
+        qkv_bias="blocks.0.attn.qkv.bias" in weights,
+        norm="norm.weight" in weights or "fc_norm.weight" not in weights,
+        fc_norm="fc_norm.weight" in weights,
+        registers=0,
+    )
+    if "reg_token" in weights:
+        variant["registers"] = weights["reg_token"].shape[1]
+    if "blocks.0.mlp.fc1.weight" in weights:
+        variant["hidden"] = len(weights["blocks.0.mlp.fc1.weight"])
+    if "blocks.0.gamma_1" in weights:
+        options["layer_scale"] = 1e-4
+    table = weights.get("rel_pos_bias.relative_position_bias_table")
+    if table is not None:
+        grid = (math.isqrt(len(table) - 3) + 1) // 2
+        options |= dict(script="data2vec", heads=table.shape[1])
+    else:
+        grid, variant["placed"] = grid_of(weights, variant)
+        options["heads"] = heads or likely_heads(dim, part)
+    if heads and heads != options["heads"]:
+        own = table.shape[1]
+        raise Refusal(f"--heads {heads}: its table of relative positions has {own}: leave it out")
+    if dim % options["heads"]:
+        raise Refusal(f"--heads {heads}: no divisor of its width {dim}: give another")
+    return options | dict(image_size=grid * patch_size, variant=variant)
+
+
+def grid_of(weights, variant):
+    """The square grid's side, and how many of the tokens before the patches have positions: all,
+    none (timm's no_embed_class) or cls alone (DINOv2)."""
+    if "pos_embed" not in weights or weights["pos_embed"].ndim != 3:
+        raise Refusal(
+            "a ViT without pos_embed, (1, N, D), or one table of relative positions: give another"
+        )
+    tokens = weights["pos_embed"].shape[1]
+    cls_tokens = int(variant["cls_token"])
+    found = []
+    for placed in {cls_tokens + variant["registers"], cls_tokens, 0}:
+        patches = tokens - placed
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:
+            found.append((math.isqrt(patches), placed))
+    if len(found) != 1:
+        names = " or ".join(name for name in weights if name.endswith("_token")) or "cls_token"
+        raise Refusal(f"pos_embed has {tokens} rows, no square of patches with or without {names}: "
+                      "only square images are taken: give another")  # fmt: skip
+    return found[0]
+
+
+WIDE_HEADS = {1152: 16, 1280: 16, 1408: 16, 1664: 16}  # so400m, H, g and G: their heads are wider
+
+
+def likely_heads(dim, part):
+    """Heads of 64 channels, but for the largest ViTs and MoCo v3's ViT-S, which has 12."""
+    if dim == 384 and ("base_encoder" in part or "momentum_encoder" in part):
+        return 12
+    if dim in WIDE_HEADS:
+        return WIDE_HEADS[dim]
+    if dim % 64:
+        raise Refusal(f"its width {dim} is no multiple of 64, which leaves its heads open: give "
+                      "--heads")  # fmt: skip
+    return dim // 64
+
+
+def describe(options):
+    """An encoder's options in words."""
+    size = options["image_size"]
+    if "arch" in options:
+        return f"{options['arch']}: images of {size} x {size}"
+    words = (
+        f"ViT: images of {size} x {size}, patches of {options['patch_size']}, width "
+        f"{options['dim']}, depth {options['depth']}, heads {options['heads']}"
+    )
+    variant = options.get("variant", {})
+    if variant.get("registers"):
+        words += f", registers {variant['registers']}"
+    if variant.get("fc_norm") or not variant.get("cls_token", True):
+        words += ", its classifier reads the mean of the patches"
+    return words
+
+
+def differences(own, weights):
+    """In what the names and shapes of weights differ from a network's own; "" if they do not."""
+    missing = [name for name in own if name not in weights and "num_batches" not in name]
+    found = []
+    if missing:
+        found.append(f"{some(missing)} missing")
+    more = [name for name in weights if name not in own]
+    if more:
+        found.append(f"{some(more)} more")
+    for name in own:
+        if name in weights and own[name].shape != weights[name].shape:
+            found.append(f"{name} {[*weights[name].shape]} in place of {[*own[name].shape]}")
+            break
+    return ", ".join(found)
+
+
+def some(names):
+    """The first names of a list."""
+    more = f" and {len(names) - 2} others" if len(names) > 2 else ""
+    return ", ".join(names[:2]) + more
 
 
 def new_encoder(options):
@@ -774,6 +1175,8 @@ def new_encoder(options):
             heads=options["heads"],
             stem=options.get("stem", ()),
             layer_scale=options.get("layer_scale"),
+            relative=options["script"] == "data2vec",
+            **options.get("variant", {}),
         )
         encoder.apply(functools.partial(initialise_as, options["script"]))
     encoder.options = options
@@ -786,70 +1189,6 @@ def untrained(encoder):
     if encoder.options["script"] == "mae":
         control.pos_embed.data.copy_(encoder.pos_embed)
     return control
-
-
-# Names in released files begin with these; what they hold is around the encoder or not part of it.
-WRAPPERS = ("target_encoder", "teacher", "model", "state_dict")
-PREFIXES = ("backbone.", "encoder.")
-NOT_ENCODER = (
-    "head", "fc.", "decoder", "lm_head", "mask_token", "projector",
-    "rel_pos_bias.relative_position_index",
-)  # fmt: skip
-
-
-def released_checkpoint(state, plain_pixels):
-    """A file of the official MSN, MAE, data2vec, VICReg or DINO, a converted SimCLR, timm or
-    torchvision, in the form of our checkpoints. Which one it is follows from its names."""
-    for wrapper in WRAPPERS:
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    found = {}
-    for name, x in state.items():
-        if torch.is_tensor(x):
-            found[name.removeprefix("module.")] = x
-    for prefix in PREFIXES:
-        inner = {}
-        for name, x in found.items():
-            if name.startswith(prefix):
-                inner[name.removeprefix(prefix)] = x
-        found = inner or found
-    weights = {}
-    for name, x in found.items():
-        if name.startswith("fc_norm."):  # the final norm of a network that averages its tokens
-            name = name.removeprefix("fc_")
-        if not name.startswith(NOT_ENCODER):
-            weights[name] = x
-    options = dict(script="mae" if "mask_token" in found else "msn", seed=0, data=None)
-    options |= released_sizes(weights)
-    if not plain_pixels:
-        options["standardise"] = False
-    return dict(options=options, encoder=weights, step=None)
-
-
-def released_sizes(weights):
-    """The options of a network that has these weights. Sizes follow from shapes, the number of a
-    ViT's heads from a width of 64 each (ViT-H: 80)."""
-    if "conv1.weight" in weights:
-        return dict(
-            arch="resnet50" if "layer1.0.conv3.weight" in weights else "resnet18",
-            image_size=224 if weights["conv1.weight"].shape[2] == 7 else 32,
-        )
-    dim, _, patch_size, _ = weights["patch_embed.proj.weight"].shape
-    options = dict(dim=dim, patch_size=patch_size)
-    options["depth"] = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    table = weights.get("rel_pos_bias.relative_position_bias_table")
-    if table is None:
-        grid = math.isqrt(weights["pos_embed"].shape[1])
-        options["heads"] = max(dim // 64, 1)
-    else:
-        grid = (math.isqrt(len(table) - 3) + 1) // 2
-        options["heads"] = table.shape[1]
-        options["script"] = "data2vec"
-        options["layer_scale"] = 1e-4
-    if dim == 1280:
-        options["heads"] = 16
-    options["image_size"] = grid * patch_size
-    return options
 
 
 ARCHITECTURES = dict(resnet50=models.resnet50, resnet18=models.resnet18)
@@ -886,19 +1225,33 @@ def small_network(widths):
 class AnyViT(nn.Module):
     """The ViT of msn.py, mae.py and data2vec.py, to evaluate only, with their (timm's) names.
 
-    stem: channels of convolutions; empty: none. layer_scale: None, with absolute positions, or a
-    number, with BEiT's one relative position bias for all blocks. images (B, 3, H, W) ->
-    representations (B, D): the cls token after the final norm."""
+    stem: channels of convolutions; empty: none. layer_scale: a number by which branches are scaled
+    at first, or None. relative: BEiT's one relative position bias for all blocks, or else absolute
+    positions. images (B, 3, H, W) -> representations (B, D): the cls token after the final norm.
 
-    def __init__(self, image_size, patch_size, dim, depth, heads, stem=(), layer_scale=None):
+    Released files may have no cls_token, but registers (DINOv2), of all of which the first
+    `placed` have positions, None: all; another width `hidden` in the blocks, no qkv_bias; fc_norm
+    after the mean of the patches, and no norm before it."""
+
+    def __init__(
+        self, image_size, patch_size, dim, depth, heads, stem=(), layer_scale=None, relative=False,
+        cls_token=True, registers=0, placed=None, hidden=None, qkv_bias=True, norm=True,
+        fc_norm=False,
+    ):  # fmt: skip
         super().__init__()
         grid = image_size // patch_size
+        self.front = cls_token + registers  # tokens before the patches
+        self.placed = self.front if placed is None else placed
         self.patch_embed = nn.ModuleDict(dict(proj=patch_projection(patch_size, dim, stem)))
-        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim))
-        self.blocks = nn.ModuleList(AnyBlock(dim, heads, layer_scale) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        if layer_scale is None:
-            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + grid**2, dim))
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, dim)) if cls_token else None
+        block = dict(heads=heads, hidden=hidden or 4 * dim, layer_scale=layer_scale)
+        block |= dict(qkv_bias=qkv_bias, relative=relative)
+        self.blocks = nn.ModuleList(AnyBlock(dim, **block) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if norm else nn.Identity()
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if fc_norm else nn.Identity()
+        self.reg_token = nn.Parameter(0.02 * torch.randn(1, registers, dim)) if registers else None
+        if not relative:
+            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.placed + grid**2, dim))
             return
         self.pos_embed = None
         self.rel_pos_bias = nn.Module()
@@ -907,15 +1260,18 @@ class AnyViT(nn.Module):
         self.register_buffer("index", bias_index(grid), persistent=False)
 
     def tokens(self, images):
-        """-> outputs (B, 1 + N, D) of the last four blocks, before the final norm."""
+        """-> outputs (B, front + N, D) of the last four blocks, before the final norm."""
         x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)  # (B, N, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1 + N, D)
+        front = [token for token in (self.cls_token, self.reg_token) if token is not None]
+        x = torch.cat([*(token.expand(len(x), -1, -1) for token in front), x], dim=1)
         bias = None
         if self.pos_embed is None:
             table = self.rel_pos_bias.relative_position_bias_table
             bias = table[self.index].permute(2, 0, 1)  # (heads, 1 + N, 1 + N)
         else:
-            x = x + self.pos_embed
+            placed, patches = self.pos_embed.tensor_split([self.placed], dim=1)
+            none = F.pad(placed, (0, 0, 0, self.front - self.placed))  # 0 for the other tokens
+            x = x + torch.cat([none, patches], dim=1)
         outputs = []
         for block in self.blocks:
             x = block(x, bias)
@@ -927,23 +1283,25 @@ class AnyViT(nn.Module):
 
 
 class AnyBlock(nn.Module):
-    """Transformer block, pre-norm, with timm's names; with a layer_scale as in BEiT: no bias of
-    keys, branches scaled by gamma. x (B, 1 + N, D); bias (heads, 1 + N, 1 + N) of the logits."""
+    """Transformer block, pre-norm, with timm's names; branches are scaled by gamma if there is a
+    layer_scale; if relative, as in BEiT, keys have no bias. x (B, 1 + N, D); bias (heads, 1 + N,
+    1 + N) of the logits."""
 
-    def __init__(self, dim, heads, layer_scale):
+    def __init__(self, dim, heads, hidden, layer_scale, qkv_bias, relative):
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        qkv = nn.Linear(dim, 3 * dim, bias=layer_scale is None)
+        qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias and not relative)
         self.attn = nn.ModuleDict(dict(qkv=qkv, proj=nn.Linear(dim, dim)))
-        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, hidden), fc2=nn.Linear(hidden, dim)))
+        if relative:
+            self.attn.q_bias = nn.Parameter(torch.zeros(dim))
+            self.attn.v_bias = nn.Parameter(torch.zeros(dim))
         if layer_scale is None:
             self.gamma_1 = 1.0
             self.gamma_2 = 1.0
         else:
-            self.attn.q_bias = nn.Parameter(torch.zeros(dim))
-            self.attn.v_bias = nn.Parameter(torch.zeros(dim))
             self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale))
             self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale))
 
@@ -956,7 +1314,7 @@ class AnyBlock(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, 1 + N, D / heads) each
         mixed = F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
         x = x + self.gamma_1 * self.attn["proj"](mixed)
-        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))  # (B, 1 + N, 4D)
+        hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))  # (B, 1 + N, hidden)
         return x + self.gamma_2 * self.mlp["fc2"](hidden)
 
 
@@ -1014,7 +1372,6 @@ def initialise_as(script, module):
 
 
 # ---- 6. Data sets
-IN_MEMORY = ("plates", "cifar10", "cifar100")
 STUDY_TASKS = {  # the layout and the target of a task, where a data set has several or its own
     "clevr-count": ("clevr", "count"),
     "clevr-dist": ("clevr", "dist"),
@@ -1049,7 +1406,7 @@ def open_task(data, target=None, task=None):
         needed, target = STUDY_TASKS[task]
         if layout != needed:
             contents = LAYOUTS[needed].contents
-            fail(f"--data {data}: --task {task} needs {contents}: give their folder")
+            raise Refusal(f"--data {data}: --task {task} needs {contents}: give their folder")
     if data not in IN_MEMORY and not layout:
         check_classes(data)
     splits = []
@@ -1058,12 +1415,13 @@ def open_task(data, target=None, task=None):
         if not target:
             target = "digits" if "digits" in labels else next(iter(labels))
         if target not in labels:
-            fail(f"--target {target}: {data} has {', '.join(labels)}: choose one of these")
+            own = ", ".join(labels)
+            raise Refusal(f"--target {target}: {data} has {own}: choose one of these")
         classes = next(iter(labels.values()))
         splits.append(Split(images, labels[target].reshape(len(images), -1), classes))
     train, test = splits
     if len(train.images) < 2:
-        fail(f"--data {data}: one training image: BatchNorm needs at least two: add some")
+        raise Refusal(f"--data {data}: one training image: BatchNorm needs two: add some")
     return Task(
         data=data,
         target=target,
@@ -1093,12 +1451,34 @@ def layout_of(data):
 
 
 def check_classes(data):
-    """Refuse a folder whose train and val have different classes, and so different labels."""
-    train = {path.name for path in Path(data).glob("train/*") if path.is_dir()}
-    test = {path.name for path in Path(data).glob("val/*") if path.is_dir()}
-    odd = sorted(train ^ test)
-    if train and test and odd:
-        fail(f"--data {data}: class {odd[0]} is not in both train and val: make them agree")
+    """Refuse a folder without train or val, or without classes in them, or whose train and val have
+    different classes, and so different labels."""
+    root = Path(data)
+    names = subfolders(root)
+    if not names:
+        return  # open_data says what it needs
+    for split in ("train", "val"):
+        needed = f"it needs {split}/CLASS/IMAGE"
+        if split not in names:
+            found = ", ".join(names[:5])
+            raise Refusal(f"--data {data}: no folder {split}, but {found}: {needed}: rename or "
+                          "link what you mean")  # fmt: skip
+        if any((root / split).iterdir()) and not subfolders(root / split):
+            raise Refusal(f"--data {data}: {root / split} has no class folders: {needed}: sort its "
+                          "images into them")  # fmt: skip
+    odd = sorted(set(subfolders(root / "train")) ^ set(subfolders(root / "val")))
+    if odd:
+        raise Refusal(
+            f"--data {data}: class {odd[0]} is not in both train and val: make them agree"
+        )
+
+
+def subfolders(root):
+    """The names of a folder's folders, sorted, without those that sampler.py skips."""
+    if not root.is_dir():
+        return []
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    return [name for name in names if not is_hidden(name)]
 
 
 def open_images(data, layout, split):
@@ -1107,7 +1487,7 @@ def open_images(data, layout, split):
         try:
             return open_data(data, split)
         except ValueError as error:
-            fail(f"--data {error}")
+            raise Refusal(f"--data {error}") from None
     contents = LAYOUTS[layout].contents
     try:
         paths, labels = LAYOUTS[layout].read(Path(data), split)
@@ -1115,10 +1495,12 @@ def open_images(data, layout, split):
             raise ValueError(f"no images of {split}")
     except (OSError, ValueError, KeyError, IndexError) as error:
         reason = f"{type(error).__name__}: {error}"
-        fail(f"--data {data}: not {layout} as published ({reason}): it needs {contents}")
+        raise Refusal(
+            f"--data {data}: not {layout} as published ({reason}): it needs {contents}"
+        ) from None
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        fail(f"--data {data}: {missing[0]} is missing: unpack {contents} there")
+        raise Refusal(f"--data {data}: {missing[0]} is missing: unpack {contents} there")
     labels = {target: torch.tensor(label) for target, label in labels.items()}
     return [str(path) for path in paths], labels
 
@@ -1226,8 +1608,8 @@ LAYOUTS = dict(
 def subset(choice, images, classes, seed):
     """Which of N training images to use, as sorted indices.
 
-    choice: a share of each class or `N-per-class`, both drawn by the seed, or a file of image
-    names, one a line. images: N paths, or a tensor; classes: theirs (N,)."""
+    choice: a share of each class or `N-per-class`, both drawn by the seed, or a file of images,
+    one a line: see `listed`. images: N paths, or a tensor; classes: theirs (N,)."""
     if Path(choice).is_file():
         return listed(choice, images)
     order = shuffled(torch.arange(len(classes)), seed)
@@ -1243,17 +1625,30 @@ def subset(choice, images, classes, seed):
 
 
 def listed(file, images):
-    """Indices of the images that a file names, sorted."""
-    names = set(Path(file).read_text().split())
-    index = {}
+    """Indices of the images that a file lists, sorted. Each line is the end of a path: NAME, or
+    CLASS/NAME where two classes have the name."""
+    try:
+        lines = Path(file).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--train-fraction {file}: not a text file ({error}): fix it") from None
+    entries = sorted({line.strip() for line in lines} - {""})
+    if not entries:
+        raise Refusal(f"--train-fraction {file}: it names no image: fix the list")
+    indices_of = {}  # of the images with each file name
     if not torch.is_tensor(images):
-        index = {Path(path).name: i for i, path in enumerate(images)}
-    unknown = sorted(names - index.keys())
-    if unknown:
-        fail(f"--train-fraction {file}: {unknown[0]} is no training image: fix the list")
-    if not names:
-        fail(f"--train-fraction {file}: it names no image: fix the list")
-    return torch.tensor(sorted(index[name] for name in names))
+        for index, path in enumerate(images):
+            indices_of.setdefault(Path(path).name, []).append(index)
+    chosen = set()
+    for entry in entries:
+        same_name = indices_of.get(Path(entry).name, [])
+        found = [i for i in same_name if f"/{images[i]}".endswith(f"/{entry}")]
+        if not found:
+            raise Refusal(f"--train-fraction {file}: {entry} is no training image: fix the list")
+        if len(found) > 1:
+            both = f"{images[found[0]]} and {images[found[1]]}"
+            raise Refusal(f"--train-fraction {file}: {entry} is {both}: write CLASS/NAME")
+        chosen.update(found)
+    return torch.tensor(sorted(chosen))
 
 
 def frequency_groups(classes, test_classes, long_tail):
@@ -1274,16 +1669,17 @@ class Images(Dataset):
     (seed, epoch, index), or whole if epoch is None; or a message if a file cannot be read.
 
     augment: "crop" and flip, or flip. Whole files are resized to 8/7 of size (256 for 224) and
-    cropped to the centre, or squashed to a square."""
+    cropped to the centre, or squashed to a square. Of a file that is more than 4 times as long as
+    wide only the middle is resized: its ends are not seen, but would take gigabytes."""
 
     def __init__(self, images, size, augment, squash, seed):
         self.images = images
         self.size = size
         self.seed = seed
-        resize = v2.Resize(size * 8 // 7)
+        steps = [middle, v2.Resize(size * 8 // 7), v2.CenterCrop(size)]
         if squash or torch.is_tensor(images):  # tensors are square
-            resize = v2.Resize((size, size))
-        self.whole = v2.Compose([resize, v2.CenterCrop(size)])
+            steps = [v2.Resize((size, size))]
+        self.whole = v2.Compose(steps)
         crop = v2.RandomResizedCrop(size) if augment == "crop" else self.whole
         self.augmented = v2.Compose([crop, v2.RandomHorizontalFlip()])
 
@@ -1293,8 +1689,8 @@ class Images(Dataset):
             return self.whole(self.images[indices].expand(-1, 3, -1, -1))  # all at once
         try:
             return torch.stack([self.prepare(epoch, index) for index in indices])
-        except UnreadableImage as error:
-            return str(error)
+        except Refusal as refusal:
+            return str(refusal)
 
     def prepare(self, epoch, index):
         """One image -> (3, size, size)."""
@@ -1308,6 +1704,12 @@ class Images(Dataset):
         # CPU only: torch.manual_seed takes 25 times as long.
         torch.default_generator.manual_seed(hash((self.seed, epoch, index)))
         return self.augmented(image)
+
+
+def middle(image):
+    """The middle of an image (..., H, W), at most 4 times as long as wide."""
+    H, W = image.shape[-2:]
+    return TF.center_crop(image, [min(H, 4 * W), min(W, 4 * H)])
 
 
 # ---- 7. Stopped evaluations, processes
@@ -1334,27 +1736,12 @@ def load_partial(path, key):
     """What an evaluation with the same key saved before it was stopped, or {}."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return state if state["key"] == key else {}
+        same = state["key"] == key
     except Exception:  # none, or damaged: all that it would save is time
-        return {}
-
-
-@contextlib.contextmanager
-def join_processes():
-    """Join torchrun's processes, or be a group of one; leave it at the end, whatever happens.
-
-    Yields this process's device. Unlike training, an evaluation lets signals end it at once."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if cuda:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+        same = False
+    seen = [None] * world_size()
+    dist.all_gather_object(seen, same)
+    return state if all(seen) else {}  # on another machine it may be missing
 
 
 # ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
@@ -1362,9 +1749,14 @@ def join_processes():
 def fail(message, everywhere=False):
     """Bad input: one line on stderr and exit status 2. Process 0 speaks for all, or `everywhere`
     each for itself."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    if everywhere or os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        line = f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " ")
+        print(line, file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+class Refusal(ValueError):
+    """Bad input, found by one process or by all: see all_or_none. Its text is what fail prints."""
 
 
 def option_number(kind, text, low, high, expected):
@@ -1379,11 +1771,13 @@ def option_number(kind, text, low, high, expected):
 
 
 def positive_int(text):
-    return option_number(int, text, low=1, high=2**63, expected="a whole number of at least 1")
+    expected = "a whole number of at least 1, at most 2147483647"
+    return option_number(int, text, low=1, high=2**31 - 1, expected=expected)
 
 
 def two_or_more(text):
-    return option_number(int, text, low=2, high=2**63, expected="a whole number of at least 2")
+    expected = "a whole number of at least 2, at most 2147483647"
+    return option_number(int, text, low=2, high=2**31 - 1, expected=expected)
 
 
 def count(text):
@@ -1391,25 +1785,86 @@ def count(text):
 
 
 def positive(text):
-    least = sys.float_info.min
-    return option_number(float, text, low=least, high=1e300, expected="a number above 0")
+    expected = "a number above 0 (at least 1e-12)"
+    return option_number(float, text, low=1e-12, high=1e300, expected=expected)
+
+
+def refuse_option(message):
+    """argparse's complaint, as a line that begins with the option."""
+    message = re.sub(r"^argument (\S+): ", r"\1 ", message)
+    fail(message if "give" in message or "choose" in message else f"{message}: see --help")
 
 
 # ---- Data
-class UnreadableImage(Exception):
-    """Its text names the file, the reason and the remedy."""
+def cores_of_process():
+    """Those that this job may use on this machine, shared out among its processes."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cores = len(os.sched_getaffinity(0))
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def share_memory(item):
+    """Put an item's tensors into shared memory, in the loader process, which can say if it is full.
+
+    torch's own way is to do it later, in a thread whose failure nobody sees."""
+    if get_worker_info() is None or isinstance(item, str):
+        return item
+    try:
+        for x in item if isinstance(item, list) else [item]:
+            x.share_memory_()
+        return item
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return (
+            f"--workers: shared memory, /dev/shm, is full ({reason}): give fewer, or 0, or a "
+            "larger /dev/shm (docker run --shm-size=8g)"
+        )
 
 
 def read_image(path):
-    """An image file of any mode and orientation -> (3, H, W) uint8. Raises UnreadableImage."""
+    """An image file -> (3, H, W) uint8, upright. Raises Refusal for a file that Pillow cannot read,
+    and for 32-bit or floating-point pixels, of which nobody knows what is white.
+
+    Of 16 bits of grey the upper 8 are used, as Pillow does with 16 bits of a colour."""
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if "transparency" in image.info:
+            image.load()
+            sixteen_bits = image.mode.startswith("I;16")
+            if image.mode == "I" and image.format in ("PNG", "PPM"):  # these hold 16 bits at most
+                sixteen_bits = True
+            if image.mode in ("I", "F") and not sixteen_bits:
+                raise ValueError(f"mode {image.mode} has no white: convert it to 8 or 16 bits")
+            has_alpha = "transparency" in image.info
+            turn = orientation(image)
+            upright = image if turn is None else image.transpose(turn)
+            if sixteen_bits:
+                grey = torch.from_numpy(np.array(upright, dtype=np.int32) // 256)
+                return grey.byte().expand(3, -1, -1)
+            if has_alpha:
                 upright = upright.convert("RGBA")
-            return TF.pil_to_tensor(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: unreadable image ({error}): fix or remove it") from None
+            if upright.mode != "RGB":  # convert would copy it all the same
+                upright = upright.convert("RGB")
+            return TF.pil_to_tensor(upright)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise Refusal(f"{path}: unreadable image ({error}): fix or remove it") from None
+
+
+def orientation(image):
+    """How to turn an image upright by its EXIF tag; None: not at all, or the tag is broken."""
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    try:
+        return turns.get(image.getexif().get(0x0112))
+    except Exception:  # many kinds; the picture itself is fine
+        return None
 
 
 # ---- Colours
@@ -1422,6 +1877,82 @@ def normalise(image, standardise):
 
 
 # ---- Processes
+@contextlib.contextmanager
+def process_group():
+    """Join torchrun's processes, or be a group of one; leave it at the end, whatever happens.
+
+    Yields this process's device. One process is a world of size one: there is no other path."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console without some letter of a path shows its code
+            stream.reconfigure(errors="backslashreplace")
+    cuda = torch.cuda.is_available()
+    device = torch.device("cpu")
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    except ValueError as error:  # some of torchrun's variables are missing
+        reason = str(error).splitlines()[0]
+        fail(f"RANK is set, but: {reason}: start with torchrun, or unset RANK", everywhere=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield device
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail("the disk is full: free some space; the last checkpoint is whole", everywhere=True)
+    except RuntimeError as error:
+        reason = str(error)
+        if "allocate" in reason:
+            reason = reason.splitlines()[0][-150:]
+            fail(f"not enough memory ({reason}): lower --batch-size or the model's sizes", True)
+        if "DataLoader worker" in reason:
+            reason = reason.splitlines()[0]
+            fail(f"--workers: {reason} Free memory, or give fewer, or 0", everywhere=True)
+        if "by peer" in reason:  # gloo's words: connection closed, or reset
+            sys.exit(name_process("another process has ended, and so does this one"))
+        raise
+    finally:
+        if in_main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        dist.destroy_process_group()
+
+
+def in_main_thread():
+    """Only there does Python let a program handle signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def all_or_none():
+    """What one process refuses ends all of them, in one line, which names the process and its
+    machine if not all of them say the same."""
+    message = None
+    try:
+        yield
+    except Refusal as refusal:
+        message = str(refusal)
+    messages = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    if not any(messages):
+        return
+    if len(set(messages)) == 1:
+        fail(message)
+    if message:
+        fail(name_process(message), everywhere=True)
+    sys.exit(2)
+
+
+def name_process(message):
+    """The message, after the process and its machine if there are several."""
+    if world_size() == 1:
+        return message
+    return f"process {rank()} on {socket.gethostname()}: {message}"
+
+
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 

@@ -14,13 +14,15 @@ In shapes: N images, C channels, H and W pixels.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.datasets import CIFAR10, CIFAR100, ImageFolder
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as TF
 
 IN_MEMORY = ("plates", "cifar10", "cifar100")  # one tensor; all other data sets are files
@@ -32,7 +34,7 @@ def open_data(data, split):
 
     data: "plates", "cifar10" or "cifar100" (downloaded into ./data), a folder with
     SPLIT/CLASS/IMAGE, or one with iNaturalist 2018 as published.
-    Returns images, uint8 (N, C, H, W) or a list of N paths, and labels, a dict of integer tensors
+    Returns images, uint8 (N, C, H, W) or Paths of N files, and labels, a dict of integer tensors
     of N rows each, of which the first is the class. ValueError says what the data set lacks."""
     if data == "plates":
         if split == "train":
@@ -54,6 +56,18 @@ def open_cifar(data, split):
     return images, {"class": torch.tensor(source.targets)}
 
 
+class Paths(list):
+    """Paths of images. `skipped`: hidden files and folders beside them, which are left out."""
+
+    skipped = 0
+
+    def keep(self, indices):
+        """Those of the indices."""
+        kept = Paths(self[i] for i in indices)
+        kept.skipped = self.skipped
+        return kept
+
+
 def open_folder(data, split):
     """Paths of the images below SPLIT/CLASS/, or of those that iNaturalist's SPLIT2018.json lists.
 
@@ -62,18 +76,68 @@ def open_folder(data, split):
     listing = root / f"{split}2018.json"
     try:
         if listing.is_file():
-            listing = json.loads(listing.read_text())
-            category = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
-            paths = [str(root / item["file_name"]) for item in listing["images"]]
-            classes = [category[item["id"]] for item in listing["images"]]
+            paths, classes = read_listing(root, json.loads(listing.read_text()))
         else:
-            folder = ImageFolder(root / split)
-            paths = [path for path, _ in folder.samples]
-            classes = folder.targets
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            paths, classes = list_folder(root / split)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         needed = f"{root / split}/CLASS/IMAGE"
         raise ValueError(f"{data}: needs {needed} ({first_line(error)})") from None
     return paths, {"class": torch.tensor(classes)}
+
+
+def read_listing(root, listing):
+    """Paths and classes of iNaturalist's images, by the contents of its JSON file."""
+    category = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
+    paths = Paths(str(root / item["file_name"]) for item in listing["images"])
+    classes = [category[item["id"]] for item in listing["images"]]
+    if not paths:
+        raise ValueError("the listing has no images")
+    if not all(isinstance(number, int) for number in classes):
+        raise ValueError("a category_id is not a whole number")
+    return paths, classes
+
+
+def list_folder(root):
+    """Paths of the images below root/CLASS/, and the number of each one's class.
+
+    What file managers and notebooks leave behind is skipped. ValueError names a class folder
+    without images."""
+    paths = Paths()
+    classes = []
+    names = []
+    for entry in os.scandir(root):
+        if is_hidden(entry.name):
+            paths.skipped += 1
+        elif entry.is_dir():
+            names.append(entry.name)
+    if not names:
+        raise ValueError(f"no class folders in {root}")
+    for number, name in enumerate(sorted(names)):
+        before = len(paths)
+        list_images(root / name, paths)
+        if len(paths) == before:
+            raise ValueError(f"no images in {root / name}: fill or remove it")
+        classes += [number] * (len(paths) - before)
+    return paths, classes
+
+
+def list_images(root, paths):
+    """Add the images below root, at any depth, to paths, in the order of torchvision's
+    ImageFolder."""
+    folders = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        folders.append((folder, files))
+        paths.skipped += sum(map(is_hidden, subfolders))
+        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
+    for folder, files in sorted(folders):
+        paths.skipped += sum(map(is_hidden, files))
+        for file in sorted(files):
+            if file.lower().endswith(IMG_EXTENSIONS) and not is_hidden(file):
+                paths.append(os.path.join(folder, file))
+
+
+def is_hidden(name):
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def first_line(error):
@@ -183,7 +247,7 @@ class KClassBatchSampler:
     ValueError: arguments that cannot be met."""
 
     def __init__(self, labels, batch_size, k_classes=None, *, rank=0, world_size=1, seed=0):
-        labels = np.asarray(labels)
+        labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
         if labels.ndim != 1 or labels.dtype.kind not in "iu":
             raise ValueError(f"labels are not N integers but {labels.dtype} {labels.shape}")
         classes, labels = np.unique(labels, return_inverse=True)

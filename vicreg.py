@@ -22,25 +22,38 @@ Read on as far as the line "Plumbing": that is the whole method. sampler.py has 
 
 import argparse
 import contextlib
+import errno
+import functools
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import socket
 import sys
+import threading
 import time
+import zipfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # idle threads sleep soon: 5x on a busy machine
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import models
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
@@ -83,14 +96,14 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("views")
     g.add_argument("--image-size", type=positive_int, default=224, help="pixels")
-    g.add_argument("--crop", type=fraction, nargs=2, default=[0.08, 1.0], help="area, from to")
+    g.add_argument("--crop", type=fraction, action=FromTo, default=[0.08, 1.0], help="of the area")
     g.add_argument("--flip", type=fraction, default=0.5, help="probability")
     g.add_argument("--jitter", type=nonnegative, nargs=4, default=[0.4, 0.4, 0.2, 0.1],
                    help="strength: brightness, contrast, saturation, hue")  # fmt: skip
     g.add_argument("--grey", type=fraction, default=0.2, help="probability")
     g.add_argument("--blur", type=fraction, nargs=2, default=[1.0, 0.1],
                    help="probability in the first view and in the second")  # fmt: skip
-    g.add_argument("--blur-sigma", type=positive, nargs=2, default=[0.1, 2.0], help="pixels")
+    g.add_argument("--blur-sigma", type=positive, action=FromTo, default=[0.1, 2.0], help="pixels")
     g.add_argument("--solarise", type=fraction, nargs=2, default=[0.0, 0.2],
                    help="probability in the first view and in the second")  # fmt: skip
     g.add_argument("--threshold", type=fraction, default=0.5, help="solarise inverts from here")
@@ -304,9 +317,11 @@ def vicreg_step(model, optimizer, view1, view2, lr, args):
 
 def train(args, device):
     """Train VICReg. Run continues, logs, saves and stops; the method is vicreg_step."""
-    run = Run("vicreg", args, device)
-    images, classes = training_set(args)
-    sampler = batch_sampler(classes, args)
+    with all_or_none():
+        run = Run("vicreg", args, device)
+        images, classes = training_set(args)
+        run.check_data(images, classes)
+        sampler = batch_sampler(classes, args)
 
     torch.manual_seed(args.seed)  # the same initial weights on every process
     encoder, dim = resnet(args.arch, args.image_size)
@@ -344,9 +359,14 @@ def main(argv=None):
 def fail(message, everywhere=False):
     """Bad input: one line on stderr and exit status 2. Process 0 speaks for all, or `everywhere`
     each for itself."""
-    if everywhere or os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    if everywhere or os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
+        line = f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " ")
+        print(line, file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+class Refusal(ValueError):
+    """Bad input, found by one process or by all: see all_or_none. Its text is what fail prints."""
 
 
 def option_number(kind, text, low, high, expected):
@@ -361,11 +381,13 @@ def option_number(kind, text, low, high, expected):
 
 
 def positive_int(text):
-    return option_number(int, text, low=1, high=2**63, expected="a whole number of at least 1")
+    expected = "a whole number of at least 1, at most 2147483647"
+    return option_number(int, text, low=1, high=2**31 - 1, expected=expected)
 
 
 def two_or_more(text):
-    return option_number(int, text, low=2, high=2**63, expected="a whole number of at least 2")
+    expected = "a whole number of at least 2, at most 2147483647"
+    return option_number(int, text, low=2, high=2**31 - 1, expected=expected)
 
 
 def count(text):
@@ -373,8 +395,8 @@ def count(text):
 
 
 def positive(text):
-    least = sys.float_info.min
-    return option_number(float, text, low=least, high=1e300, expected="a number above 0")
+    expected = "a number above 0 (at least 1e-12)"
+    return option_number(float, text, low=1e-12, high=1e300, expected=expected)
 
 
 def nonnegative(text):
@@ -385,6 +407,25 @@ def fraction(text):
     return option_number(float, text, low=0, high=1, expected="a number from 0 to 1")
 
 
+class FromTo(argparse.Action):
+    """Two numbers, the smaller one first."""
+
+    def __init__(self, option_strings, dest, **options):
+        super().__init__(option_strings, dest, nargs=2, **options)
+
+    def __call__(self, parser, args, values, flag=None):
+        start, end = values
+        if start > end:
+            parser.error(f"{flag} {start:g} {end:g}: give the smaller number first")
+        setattr(args, self.dest, values)
+
+
+def refuse_option(message):
+    """argparse's complaint, as a line that begins with the option."""
+    message = re.sub(r"^argument (\S+): ", r"\1 ", message)
+    fail(message if "give" in message or "choose" in message else f"{message}: see --help")
+
+
 def option_parser(doc, out, recipes):
     """A parser with the options that all scripts share; `doc` is the script's docstring."""
     p = argparse.ArgumentParser(
@@ -392,7 +433,7 @@ def option_parser(doc, out, recipes):
         epilog="Defaults are the paper's, for folders of images. --recipe replaces some of them.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    p.error = lambda message: fail(re.sub(r"^argument (\S+): ", r"\1 ", message))
+    p.error = refuse_option
     g = p.add_argument_group("run")
     g.add_argument("--data", default="plates",
                    help="plates, cifar10, cifar100 or a folder with train/CLASS/IMAGE")  # fmt: skip
@@ -444,13 +485,16 @@ def option_flag(name, value):
 def training_set(args):
     """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), cut by --long-tail."""
     try:
-        images, labels = open_data(args.data, "train")
+        with one_process_first(needed=args.data.startswith("cifar")):  # it may have to download
+            images, labels = open_data(args.data, "train")
     except ValueError as error:
-        fail(f"--data {error}")
+        raise Refusal(f"--data {error}") from None
+    if not torch.is_tensor(images):
+        read_image(images[0])  # what cannot be read is refused now, not within the first epoch
     classes = next(iter(labels.values())).numpy()
     if args.long_tail:
         kept = long_tail(classes, args.long_tail, args.seed)
-        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
+        images = images[kept] if torch.is_tensor(images) else images.keep(kept)
         classes = classes[kept]
     return images, classes
 
@@ -467,7 +511,8 @@ def batch_sampler(classes, args):
             seed=args.seed,
         )
     except ValueError as error:
-        fail(f"--batch-size {args.batch_size}, --k-classes {args.k_classes}: {error}")
+        wanted = f"--batch-size {args.batch_size}, --k-classes {args.k_classes}"
+        raise Refusal(f"{wanted}: {error}") from None
 
 
 def batch_loader(dataset, sampler, run, args):
@@ -483,21 +528,75 @@ def batch_loader(dataset, sampler, run, args):
 
     workers = args.workers
     if workers is None:
-        workers = 0 if torch.is_tensor(dataset.images) else os.cpu_count() // world_size()
+        workers = 0 if torch.is_tensor(dataset.images) else cores_of_process()
     return DataLoader(
         dataset,
         batch_size=None,
         sampler=items(),
         num_workers=workers,
-        worker_init_fn=ignore_signals,
+        collate_fn=share_memory,
+        worker_init_fn=functools.partial(begin_loader, os.getpid()),
         pin_memory=torch.cuda.is_available(),
     )
 
 
-def ignore_signals(worker):
-    """Loader processes go on while the run finishes its update; it ends them afterwards."""
-    for number in Run.STOPS:
-        signal.signal(number, signal.SIG_IGN)
+def cores_of_process():
+    """Those that this job may use on this machine, shared out among its processes."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cores = len(os.sched_getaffinity(0))
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def share_memory(item):
+    """Put an item's tensors into shared memory, in the loader process, which can say if it is full.
+
+    torch's own way is to do it later, in a thread whose failure nobody sees."""
+    if get_worker_info() is None or isinstance(item, str):
+        return item
+    try:
+        for x in item if isinstance(item, list) else [item]:
+            x.share_memory_()
+        return item
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        return (
+            f"--workers: shared memory, /dev/shm, is full ({reason}): give fewer, or 0, or a "
+            "larger /dev/shm (docker run --shm-size=8g)"
+        )
+
+
+def begin_loader(main, worker):
+    """A loader process goes on at Ctrl-C and at a first SIGTERM, while process `main` finishes its
+    update; it ends with main."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, outlive_sigterm)
+    if os.getppid() != main:  # forkserver: torch would not notice
+        threading.Thread(target=end_with, args=(main,), daemon=True).start()
+
+
+def outlive_sigterm(number, _):
+    """Ignore SIGTERM, also its echo within a second; see Run.stop_soon."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, obey_sigterm)
+    signal.alarm(1)
+
+
+def obey_sigterm(number, _):
+    """From now on SIGTERM ends this process, and five minutes do in any case."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(300)
+
+
+def end_with(main):
+    """End this process soon after another one."""
+    while True:
+        time.sleep(5)
+        try:
+            os.kill(main, 0)  # sends nothing
+        except ProcessLookupError:
+            os._exit(1)
 
 
 class CroppedViews(Dataset):
@@ -522,8 +621,8 @@ class CroppedViews(Dataset):
             return self.crop_tensors(step, indices, first)
         try:
             return self.crop_files(step, indices, first)
-        except UnreadableImage as error:
-            return str(error)
+        except Refusal as refusal:
+            return str(refusal)
 
     def crop_tensors(self, step, indices, first):
         """All images at once."""
@@ -576,20 +675,49 @@ def crop_batch(images, u, area, size, flip):
     return crops.round().byte()
 
 
-class UnreadableImage(Exception):
-    """Its text names the file, the reason and the remedy."""
-
-
 def read_image(path):
-    """An image file of any mode and orientation -> (3, H, W) uint8. Raises UnreadableImage."""
+    """An image file -> (3, H, W) uint8, upright. Raises Refusal for a file that Pillow cannot read,
+    and for 32-bit or floating-point pixels, of which nobody knows what is white.
+
+    Of 16 bits of grey the upper 8 are used, as Pillow does with 16 bits of a colour."""
     try:
         with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if "transparency" in image.info:
+            image.load()
+            sixteen_bits = image.mode.startswith("I;16")
+            if image.mode == "I" and image.format in ("PNG", "PPM"):  # these hold 16 bits at most
+                sixteen_bits = True
+            if image.mode in ("I", "F") and not sixteen_bits:
+                raise ValueError(f"mode {image.mode} has no white: convert it to 8 or 16 bits")
+            has_alpha = "transparency" in image.info
+            turn = orientation(image)
+            upright = image if turn is None else image.transpose(turn)
+            if sixteen_bits:
+                grey = torch.from_numpy(np.array(upright, dtype=np.int32) // 256)
+                return grey.byte().expand(3, -1, -1)
+            if has_alpha:
                 upright = upright.convert("RGBA")
-            return TF.pil_to_tensor(upright.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(f"{path}: unreadable image ({error}): fix or remove it") from None
+            if upright.mode != "RGB":  # convert would copy it all the same
+                upright = upright.convert("RGB")
+            return TF.pil_to_tensor(upright)
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise Refusal(f"{path}: unreadable image ({error}): fix or remove it") from None
+
+
+def orientation(image):
+    """How to turn an image upright by its EXIF tag; None: not at all, or the tag is broken."""
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    try:
+        return turns.get(image.getexif().get(0x0112))
+    except Exception:  # many kinds; the picture itself is fine
+        return None
 
 
 # ---- Colours
@@ -697,20 +825,88 @@ def process_group():
     """Join torchrun's processes, or be a group of one; leave it at the end, whatever happens.
 
     Yields this process's device. One process is a world of size one: there is no other path."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a console without some letter of a path shows its code
+            stream.reconfigure(errors="backslashreplace")
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    handlers = {number: signal.getsignal(number) for number in Run.STOPS}
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
+    except ValueError as error:  # some of torchrun's variables are missing
+        reason = str(error).splitlines()[0]
+        fail(f"RANK is set, but: {reason}: start with torchrun, or unset RANK", everywhere=True)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield device
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail("the disk is full: free some space; the last checkpoint is whole", everywhere=True)
+    except RuntimeError as error:
+        reason = str(error)
+        if "allocate" in reason:
+            reason = reason.splitlines()[0][-150:]
+            fail(f"not enough memory ({reason}): lower --batch-size or the model's sizes", True)
+        if "DataLoader worker" in reason:
+            reason = reason.splitlines()[0]
+            fail(f"--workers: {reason} Free memory, or give fewer, or 0", everywhere=True)
+        if "by peer" in reason:  # gloo's words: connection closed, or reset
+            sys.exit(name_process("another process has ended, and so does this one"))
+        raise
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        if in_main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
         dist.destroy_process_group()
+
+
+def in_main_thread():
+    """Only there does Python let a program handle signals."""
+    return threading.current_thread() is threading.main_thread()
+
+
+@contextlib.contextmanager
+def all_or_none():
+    """What one process refuses ends all of them, in one line, which names the process and its
+    machine if not all of them say the same."""
+    message = None
+    try:
+        yield
+    except Refusal as refusal:
+        message = str(refusal)
+    messages = [None] * world_size()
+    dist.all_gather_object(messages, message)
+    if not any(messages):
+        return
+    if len(set(messages)) == 1:
+        fail(message)
+    if message:
+        fail(name_process(message), everywhere=True)
+    sys.exit(2)
+
+
+def name_process(message):
+    """The message, after the process and its machine if there are several."""
+    if world_size() == 1:
+        return message
+    return f"process {rank()} on {socket.gethostname()}: {message}"
+
+
+@contextlib.contextmanager
+def one_process_first(needed):
+    """If `needed`, the first process on each machine goes ahead, and the others wait for it."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if needed and not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if needed and first:
+            dist.barrier()
 
 
 def world_size():
@@ -791,6 +987,7 @@ class Run:
     """A run's folder: where the run continues, its log, its checkpoints, and when it stops.
 
     run = Run("simclr", args, device)
+    run.check_data(images, classes)
     run.restore(sampler, simclr=model, optimizer=optimizer)
     for step, batch in run.steps(loader):
         run.log(metrics, rates)
@@ -809,6 +1006,7 @@ class Run:
         self.checkpoint = self.out / "checkpoint.pt"
         kept = {name: x for name, x in vars(args).items() if name not in self.MAY_CHANGE}
         self.options = {"script": script} | kept
+        self.lock = None
         self.state = load_checkpoint(self.checkpoint, self.options)
         self.step = self.state.get("step", 0)  # updates made
         self.metrics = []  # of the updates since the last line of the log
@@ -818,6 +1016,27 @@ class Run:
         self.stop_signal = 0  # of any process: all stop
         self.saving = False
         self.lines_collapsed = 0
+
+    def check_data(self, images, classes):
+        """Refuse images (a tensor or Paths) or classes (N,) that are not the checkpoint's.
+
+        A folder may have moved; what counts is the names below it, and the classes."""
+        content = hashlib.sha256(np.asarray(classes, dtype=np.int64).tobytes())
+        self.skipped = 0
+        if not torch.is_tensor(images):
+            self.skipped = images.skipped
+            root = str(Path(self.args.data))
+            for path in images:
+                name = path.removeprefix(root).lstrip(os.sep)
+                content.update(os.fsencode(name) + b"\0")
+        self.data = dict(images=len(images), content=content.hexdigest())
+        there = self.state.get("data", self.data)
+        if there != self.data:
+            raise Refusal(
+                f"--data {self.args.data}: {len(images):,} images, but {self.checkpoint} was made "
+                f"with {there['images']:,} or with other names or classes: give the same, or "
+                "another --out"
+            )
 
     def restore(self, sampler, **parts):
         """Load the parts from the checkpoint, if there is one; print what the run will do.
@@ -831,32 +1050,54 @@ class Run:
             if name in self.state:
                 part.load_state_dict(self.state[name])
         self.state = {}
-        steps = torch.tensor([self.step, -self.step])
-        dist.all_reduce(steps, dist.ReduceOp.MAX)
-        if steps[0] != -steps[1]:
-            fail(f"--out {self.out}: not all processes see the same checkpoint: share the folder")
+        self.compare_processes()
+        with all_or_none():
+            if rank() == 0:
+                self.open_folder()
         if rank() == 0:
-            self.open_folder()
             print(self.plan(sampler), flush=True)
+            if self.args.warmup * self.epoch_steps >= self.horizon:
+                print(f"warning: --warmup {self.args.warmup} epochs last as long as the run: the "
+                      "rate never reaches its peak: give fewer, or more --epochs")  # fmt: skip
+
+    def compare_processes(self):
+        """All must see the same checkpoint and the same data."""
+        seen = [None] * world_size()
+        dist.all_gather_object(seen, (self.step, self.data))
+        steps = sorted({step for step, _ in seen})
+        sizes = sorted({data["images"] for _, data in seen})
+        if len(steps) > 1:
+            reason = f"not all processes see the same checkpoint (steps {steps})"
+            fail(f"--out {self.out}: {reason}: share the folder")
+        if any(data != self.data for _, data in seen):
+            reason = f"not all processes see the same images ({sizes} of them)"
+            fail(f"--data {self.args.data}: {reason}: make their folders equal")
 
     def open_folder(self):
-        """Make the folder and cut off what a killed run logged after its last checkpoint."""
+        """Make the folder, lock it, cut off what a killed run logged after its last checkpoint."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = (self.out / "options.json").open("a")
+            if fcntl:
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
+            self.lock.truncate(0)
             options = {"script": self.script} | vars(self.args)
-            (self.out / "options.json").write_text(json.dumps(options, indent=1) + "\n")
+            self.lock.write(json.dumps(options, indent=1) + "\n")
+            self.lock.flush()
             log = self.out / "log.jsonl"
             log.touch()
             os.truncate(log, self.saved_log_size(log.read_bytes()))
+        except BlockingIOError:
+            raise Refusal(f"--out {self.out}: another run writes there: choose another") from None
         except OSError as error:
-            fail(f"--out {self.out}: not writable ({error}): choose another folder")
+            raise Refusal(f"--out {self.out}: not writable ({error}): choose another") from None
 
     def saved_log_size(self, log):
         """Bytes of the lines, whole ones, of updates that the checkpoint has."""
         size = 0
         for line in log.splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] > self.step:
+                if json.loads(line)["step"] > self.step or not line.endswith(b"\n"):
                     break
             except (ValueError, KeyError, TypeError):
                 break
@@ -869,6 +1110,8 @@ class Run:
         network = next(iter(self.parts.values()))
         parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
         images = f"{len(sampler.labels):,} images of {len(sampler.sizes):,} classes"
+        if self.skipped:
+            images += f" ({self.skipped:,} hidden files or folders skipped)"
         tail = f" (--long-tail {args.long_tail})" if args.long_tail else ""
         classes = f"K = {args.k_classes} classes each" if args.k_classes else "any classes"
         steps = f"{self.horizon:,} steps"
@@ -886,30 +1129,44 @@ class Run:
         """Yield (step, batch) of the updates that are left. Save on the way and at the end.
 
         Ctrl-C and SIGTERM end it after the present update, with exit status 130 or 143."""
-        for number in self.STOPS:
-            signal.signal(number, self.stop_soon)
+        if in_main_thread():
+            for number in self.STOPS:
+                signal.signal(number, self.stop_soon)
         self.start_time = self.save_time = self.line_time = time.time()
         self.line_step = self.step
         hidden = None if rank() == 0 else True  # None: unless it is a terminal
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", disable=hidden)
-        for batch in loader:
-            if isinstance(batch, str):  # what a loader process could not read
-                self.fail(batch, everywhere=True)
-            torch.manual_seed(hash((self.args.seed, self.step, 1)))  # the same after a restart
-            yield self.step, batch
-            if self.saving:
-                self.save()
-            if self.stop_signal and self.step < self.last:
-                self.bar.close()
-                if rank() == 0:
-                    print(f"stopped after step {self.step} of {self.last}, saved in "
-                          f"{self.checkpoint}; the same command continues")  # fmt: skip
-                sys.exit(128 + self.stop_signal)
-        self.bar.close()
+        try:
+            for batch in loader:
+                if isinstance(batch, str):  # what this process could not load
+                    self.fail(name_process(batch), everywhere=True)
+                torch.manual_seed(hash((self.args.seed, self.step, 1)))  # the same after a restart
+                yield self.step, batch
+                if self.saving:
+                    self.save()
+                if self.stop_signal:
+                    break
+        finally:
+            self.bar.close()
+            if self.lock:
+                self.lock.close()
         if rank() == 0:
-            minutes, seconds = divmod(round(time.time() - self.start_time), 60)
-            print(f"{self.step} of {self.horizon} steps, {minutes} min {seconds} s: "
-                  f"{self.checkpoint}\nnext: python linear_eval.py {self.checkpoint}")  # fmt: skip
+            print(self.outcome())
+        if self.step < self.last:
+            sys.exit(128 + self.stop_signal)
+
+    def outcome(self):
+        """What has been done, and the next command."""
+        if self.step < self.last:
+            return (
+                f"stopped after step {self.step} of {self.last}, saved in {self.checkpoint}; "
+                "the same command continues"
+            )
+        minutes, seconds = divmod(round(time.time() - self.start_time), 60)
+        return (
+            f"{self.step} of {self.horizon} steps, {minutes} min {seconds} s: {self.checkpoint}\n"
+            f"next: python linear_eval.py {self.checkpoint}"
+        )
 
     def stop_soon(self, number, _):
         """Stop after this update. A second signal stops at once, if it is not an echo of the first:
@@ -979,8 +1236,11 @@ class Run:
         self.line_time = now
         if rank() > 0:
             return
-        with (self.out / "log.jsonl").open("a") as file:
-            print(json.dumps(line), file=file)
+        try:
+            with (self.out / "log.jsonl").open("a") as file:
+                print(json.dumps(line), file=file)
+        except OSError as error:
+            self.fail_to_write(error)
         numbers = {name: f"{x:.4g}" for name, x in line.items() if not isinstance(x, list)}
         self.bar.set_postfix(loss=numbers["loss"])
         if self.bar.disable:
@@ -1004,11 +1264,26 @@ class Run:
         """Write the checkpoint under another name, then rename it: a kill leaves no half file."""
         self.save_time = time.time()
         if rank() == 0:
-            state = dict(options=self.options, step=self.step)
+            state = dict(options=self.options, step=self.step, data=self.data)
             for name, part in self.parts.items():
                 state[name] = part.state_dict()
-            torch.save(state, self.out / "checkpoint.partial")
-            os.replace(self.out / "checkpoint.partial", self.checkpoint)
+            partial = self.out / "checkpoint.partial"
+            try:
+                torch.save(state, partial)
+                os.replace(partial, self.checkpoint)
+            except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter
+                if "DataLoader worker" in str(error):
+                    raise  # one died meanwhile
+                partial.unlink(missing_ok=True)
+                self.fail_to_write(error)
+
+    def fail_to_write(self, error):
+        """A full disk, most often. The last checkpoint is whole."""
+        free = shutil.disk_usage(self.out).free / 2**20
+        self.fail(
+            f"--out {self.out}: cannot write at step {self.step} ({type(error).__name__}, "
+            f"{free:.1f} MB are free): free some space; the same command then continues"
+        )
 
     def fail(self, message, everywhere=False):
         self.bar.close()  # the message gets a line of its own
@@ -1024,20 +1299,29 @@ def deciles(values):
 
 def load_checkpoint(path, options):
     """The state at `path`, {} if there is none; refuses what does not belong to this run."""
-    if not path.exists():
-        return {}
     try:
+        if not path.exists():
+            return {}
+    except OSError as error:
+        raise Refusal(f"--out {path.parent}: {error.strerror}: choose another") from None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # torch does not look at the check sums
+                raise ValueError("a check sum is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         there = {name: state["options"].get(name) for name in options}
     except Exception as error:  # torch raises many kinds for damaged files
-        fail(f"{path} is damaged or foreign ({type(error).__name__}): move it or change --out")
+        damage = f"{path} is damaged or foreign ({type(error).__name__})"
+        raise Refusal(f"{damage}: move it or change --out") from None
     if there["script"] != options["script"]:
-        fail(f"{path} is a checkpoint of {there['script']}.py: choose another --out")
+        raise Refusal(f"{path} is a checkpoint of {there['script']}.py: choose another --out")
     wrong = [name for name in options if there[name] != options[name]]
+    if not {there["data"], options["data"]} & set(IN_MEMORY) and "data" in wrong:
+        wrong.remove("data")  # a folder may move: Run.check_data looks at what is in it
     if wrong:
         given = ", ".join(option_flag(name, options[name]) for name in wrong)
         made = ", ".join(option_flag(name, there[name]) for name in wrong)
-        fail(f"{given}: {path} was made with {made}: give that, or another --out")
+        raise Refusal(f"{given}: {path} was made with {made}: give that, or another --out")
     return state
 
 

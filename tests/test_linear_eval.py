@@ -2,7 +2,10 @@
 
 import copy
 import functools
+import io
 import json
+import os
+import resource
 import shutil
 import socket
 import subprocess
@@ -404,9 +407,33 @@ def test_subsets_of_the_training_set(tmp_path, capsys):
     found = linear_eval.subset(str(tmp_path / "list.txt"), paths, torch.arange(8) % 2, 0)
     assert found.tolist() == [2, 3]
     (tmp_path / "list.txt").write_text("n1_4.JPEG\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(linear_eval.Refusal, match="n1_4.JPEG is no training image"):
         linear_eval.subset(str(tmp_path / "list.txt"), paths, torch.arange(8) % 2, 0)
-    assert "n1_4.JPEG" in capsys.readouterr().err
+
+
+def test_lists_name_images_or_their_classes_too(tmp_path):
+    paths = ["d/train/a/1.png", "d/train/b/1.png", "d/train/b/2.png", "d/train/aa/deep er/3.png"]
+    file = tmp_path / "list.txt"
+
+    def chosen(text):
+        file.write_text(text)
+        return linear_eval.listed(file, paths).tolist()
+
+    assert chosen("2.png\n\nb/1.png\n2.png") == [1, 2]
+    assert chosen("a/1.png\r\nd/train/aa/deep er/3.png\r\n") == [0, 3]
+    assert chosen("deep er/3.png") == [3]
+    for text, words in {
+        "2.png\n1.png": "1.png is d/train/a/1.png and d/train/b/1.png: write CLASS/NAME",
+        "c/1.png": "c/1.png is no training image",
+        "2.pn": "2.pn is no training image",
+        "g": "g is no training image",  # the end of a name is not enough
+        "\n": "names no image",
+    }.items():
+        with pytest.raises(linear_eval.Refusal, match=words):
+            chosen(text)
+    file.write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(linear_eval.Refusal, match="not a text file"):
+        linear_eval.listed(file, paths)
 
 
 def test_augmented_images_follow_from_seed_epoch_and_index(folder):
@@ -553,7 +580,7 @@ def test_a_stopped_evaluation_goes_on(checkpoint, folder, tmp_path, monkeypatch,
     monkeypatched, gathered = False, []
     epochs.clear()
     own = linear_eval.collect
-    monkeypatch.setattr(linear_eval, "collect", lambda x: gathered.append(1) or own(x))
+    monkeypatch.setattr(linear_eval, "collect", lambda *x: gathered.append(1) or own(*x))
     assert start("part.json") == whole
     assert not gathered  # the features were there
     assert min(epochs) == (0 if mode else 2)  # heads on cached features take seconds
@@ -636,6 +663,35 @@ def test_files_are_resized_by_8_7_and_cropped(tmp_path):
     shown = linear_eval.Images([tmp_path / "a.png"], 56, "crop", False, 0)[None, [0]]
     assert shown.shape == (1, 3, 56, 56)
     assert torch.equal(shown[0], expected)
+
+
+def test_ordinary_files_are_resized_whole_and_long_ones_in_the_middle(tmp_path):
+    for size in ((40, 160), (160, 40), (41, 163), (90, 90), (64, 250)):
+        picture(tmp_path / "a.png", 0, size)
+        image = linear_eval.read_image(tmp_path / "a.png")
+        old = v2.Compose([v2.Resize(24 * 8 // 7), v2.CenterCrop(24)])
+        shown = linear_eval.Images([tmp_path / "a.png"], 24, "crop", False, 0)[None, [0]]
+        assert torch.equal(shown[0], old(image)), size
+    smooth = np.linspace(0, 255, 400)[None, :, None] * np.ones((20, 1, 3))
+    for turned in (smooth, smooth.transpose(1, 0, 2)):
+        Image.fromarray(turned.astype(np.uint8)).save(tmp_path / "b.png")
+        old = v2.Compose([v2.Resize(18), v2.CenterCrop(16)])
+        expected = old(linear_eval.read_image(tmp_path / "b.png")).int()
+        shown = linear_eval.Images([tmp_path / "b.png"], 16, "crop", False, 0)[None, [0]][0]
+        assert (shown - expected).abs().max() <= 1
+
+
+@pytest.mark.parametrize("size", [(60000, 2), (1, 2000), (2000, 1), (1, 1)])
+def test_a_line_is_not_enlarged_to_gigabytes(size, tmp_path):
+    Image.new("RGB", size, (9, 99, 200)).save(tmp_path / "line.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for augment in ("crop", "flip"):
+        images = linear_eval.Images([tmp_path / "line.png"], 224, augment, False, 0)
+        for epoch in (None, 0):
+            shown = images[epoch, [0]][0]
+            assert shown.shape == (3, 224, 224)
+            assert (shown == torch.tensor([9, 99, 200])[:, None, None]).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB; was 6 GB
 
 
 @pytest.mark.parametrize("script", ["msn", "mae", "data2vec"])
@@ -786,6 +842,104 @@ def test_bad_folders(checkpoint, folder, tmp_path, capsys):
         (tmp_path / split / "b/1.png").unlink()
         (tmp_path / split / "b").rmdir()
     assert "one training image" in refused(capsys, checkpoint, "--data", tmp_path, *out)
+
+
+def test_folders_that_lack_something_say_what_they_have(checkpoint, tmp_path, capsys):
+    root = tmp_path / "data"
+    options = ["--data", root, "--workers", 0, "--epochs", 1, "--out", tmp_path / "r.json"]
+    for split in ("train", "validation", "test"):
+        for name in ("a", "b"):
+            picture(root / split / name / "1.png", 0)
+    message = refused(capsys, checkpoint, *options)
+    for part in ("no folder val", "test, train, validation", "val/CLASS/IMAGE"):
+        assert part in message
+    (root / "validation").rename(root / "val")
+    (root / "train").rename(root / "training")
+    assert "no folder train, but test, training, val" in refused(capsys, checkpoint, *options)
+    (root / "training").rename(root / "train")
+    (root / "val/b").rename(root / "val/c")
+    assert "class b is not in both" in refused(capsys, checkpoint, *options)
+    (root / "val/c").rename(root / "val/b")
+    (root / "val/.ipynb_checkpoints").mkdir()
+    (root / "train/__MACOSX").mkdir()
+    linear_eval.main([str(checkpoint), *map(str, options)])
+    capsys.readouterr()
+    shutil.rmtree(root / "val")
+    picture(root / "val/1.png", 0)
+    message = refused(capsys, checkpoint, *options)
+    assert f"{root / 'val'} has no class folders" in message and "val/CLASS/IMAGE" in message
+
+
+def test_a_console_without_a_letter_of_a_path_gets_its_code(checkpoint, tmp_path, monkeypatch):
+    for split in ("train", "val"):
+        for name in ("猫", "犬"):
+            picture(tmp_path / "動物" / split / name / "1.png", 0)
+    console = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", console)
+    options = f"--data {tmp_path}/動物 --workers 0 --epochs 1 --out {tmp_path}/報告.json".split()
+    linear_eval.main([str(checkpoint), *options])
+    console.flush()
+    assert b"\\u52d5\\u7269 class" in console.buffer.getvalue()
+    assert json.loads((tmp_path / "報告.json").read_text())["task"] == f"{tmp_path}/動物 class"
+
+
+def test_the_report_is_written_before_it_is_printed(checkpoint, tmp_path, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(linear_eval, "print_report", broken)
+    options = f"--workers 0 --epochs 1 --cached --out {tmp_path}/r.json".split()
+    with pytest.raises(BrokenPipeError):
+        linear_eval.main([str(checkpoint), *options])
+    assert json.loads((tmp_path / "r.json").read_text())["heads"]
+
+
+def test_the_size_of_features_is_said_before_the_work(checkpoint, tmp_path, monkeypatch, capsys):
+    sizes = dict(SC_PAGE_SIZE=100, SC_PHYS_PAGES=1000)
+    monkeypatch.setattr(os, "sysconf", sizes.get)
+    said = []
+    own = linear_eval.collect
+    monkeypatch.setattr(
+        linear_eval, "collect", lambda *x: said.append(capsys.readouterr().out) or own(*x)
+    )
+    options = f"--workers 0 --epochs 1 --cached --out {tmp_path}/r.json".split()
+    linear_eval.main([str(checkpoint), *options])
+    assert "warning: the features of 100 images will take 0.0 GB of 0.0 GB" in said[0]
+    assert said[0].count("\n") == 1 and "--train-fraction" in said[0]
+    sizes["SC_PAGE_SIZE"] = 4096
+    linear_eval.main([str(checkpoint), *options])
+    assert "warning" not in said[2]
+
+
+def test_features_are_joined_into_one_tensor_that_is_made_once(monkeypatch):
+    x = torch.randn(7, 3)
+    batches = [(rows, dict(a=x[rows], b=x[rows, :1])) for rows in torch.arange(7).split(3)]
+    joined = linear_eval.collect(batches, 7)
+    assert torch.equal(joined["a"], x) and torch.equal(joined["b"], x[:, :1])
+    batches[1][1]["a"][0, 0] = float("inf")
+    with pytest.raises(SystemExit):
+        linear_eval.collect(batches, 7)
+
+
+@pytest.mark.parametrize("own, other", [("--data", None), (None, "--data d: missing")])
+def test_what_one_process_lacks_ends_all(own, other, checkpoint, tmp_path, monkeypatch, capsys):
+    """Two processes as one sees them: the other's message comes from all_gather_object."""
+
+    def gathered(messages, message):
+        messages[:] = [message, other]
+
+    monkeypatch.setattr(linear_eval.dist, "all_gather_object", gathered)
+    monkeypatch.setattr(linear_eval, "world_size", lambda: 2)
+    options = ["--data", str(tmp_path / "none")] if own else []
+    options += ["--out", str(tmp_path / "r.json")]
+    with pytest.raises(SystemExit) as error:
+        linear_eval.main([str(checkpoint), *options])
+    message = capsys.readouterr().err
+    assert error.value.code == 2
+    assert message.count("\n") == (1 if own else 0)  # the other speaks for itself
+    if own:
+        assert f"process 0 on {socket.gethostname()}: --data {tmp_path / 'none'}" in message
+    assert not list(tmp_path.glob("r.json*"))
 
 
 def picture(path, seed, size=(48, 32)):
@@ -1034,8 +1188,8 @@ def test_released_resnets_give_their_features(arch, prefix, tmp_path):
 
 def test_keys_without_a_place_are_listed_and_data_must_be_given(tmp_path, capsys):
     state = timm.models.VisionTransformer(**VIT, num_classes=0).state_dict()
-    torch.save(state | {"blocks.0.ls1.gamma": torch.ones(192)}, tmp_path / "scaled.pth")
-    assert "blocks.0.ls1.gamma" in refused(capsys, tmp_path / "scaled.pth", "--data", "plates")
+    torch.save(state | {"blocks.0.attn.q_norm": torch.ones(192)}, tmp_path / "normed.pth")
+    assert "blocks.0.attn.q_norm" in refused(capsys, tmp_path / "normed.pth", "--data", "plates")
     missing = {name: x for name, x in state.items() if name != "norm.bias"}
     torch.save(missing, tmp_path / "missing.pth")
     assert "norm.bias" in refused(capsys, tmp_path / "missing.pth", "--data", "plates")

@@ -391,6 +391,6 @@ def test_an_unreadable_file_is_named(kind, tmp_path, folder):
     assert message.startswith(f"{path}: unreadable image (") and "\n" not in message
     assert message.endswith("): fix or remove it")
     assert message.count(str(path)) <= 2
-    with pytest.raises(msn.UnreadableImage) as error:
+    with pytest.raises(msn.Refusal) as error:
         msn.read_image(str(path))
     assert str(error.value) == message

@@ -363,7 +363,7 @@ def test_options_are_kept_with_the_run(script, tmp_path, capfd):
     assert f"batches of {args['batch_size']:,}, K = 960 classes each;" in capfd.readouterr().out
 
     state, _ = results(tmp_path)
-    assert state.keys() == {"options", "step"} | PARTS[script]
+    assert state.keys() == {"options", "step", "data"} | PARTS[script]
     for free in ("out", "steps", "workers", "log_every", "save_minutes"):
         del args[free]
     assert state["options"] == {"script": name} | args and state["step"] == 1

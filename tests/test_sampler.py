@@ -613,3 +613,97 @@ def test_bad_priors_are_refused(kind, ending, tmp_path):
 def test_an_unknown_prior_is_refused():
     with pytest.raises(ValueError, match="^zipf .*: give power-law, uniform or file:PATH"):
         open_prior("zipf", 0.25, 16)
+
+
+# ---- 10. Properties, of 2,000 data sets at random
+
+
+def random_case(rng):
+    """Labels with gaps, of a few or many classes, equal or not; sizes of a batch that is possible;
+    processes that divide it."""
+    classes = int(rng.integers(1, rng.choice([3, 8, 25]), endpoint=True))
+    sizes = rng.integers(1, rng.choice([1, 3, 9]), size=classes, endpoint=True)
+    if rng.random() < 0.3:
+        sizes = np.maximum(40 // np.arange(1, classes + 1), 1)  # a long tail
+    names = rng.choice(2**40, size=classes, replace=False) - 2**39
+    images = int(sizes.sum())
+    fewest = -(-images // 12)  # of a batch: an epoch has at most twelve
+    batch_size = int(rng.integers(fewest, min(images, 5 * fewest), endpoint=True))
+    k_classes = int(rng.integers(1, min(batch_size, classes), endpoint=True))
+    divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    seed, epoch = (int(n) for n in rng.integers(10**6, size=2))
+    labels = names[labels_of(sizes, seed)]
+    return labels, batch_size, k_classes, int(rng.choice(divisors)), seed, epoch
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_properties_of_batches(block):
+    rng = np.random.default_rng([block, 2026])
+    distinct = 0
+    for _ in range(500):
+        labels, batch_size, k_classes, world_size, seed, epoch = random_case(rng)
+        case = dict(seed=seed, epoch=epoch)
+        audit(labels, batch_size, k_classes, **case)  # classes, shares, counts, repetitions
+        whole = epoch_of(labels, batch_size, k_classes, **case)
+        again = epoch_of(labels.tolist(), batch_size, k_classes, **case)
+        np.testing.assert_array_equal(whole, again)
+        ranks = {0, int(rng.integers(world_size)), world_size - 1}
+        share = batch_size // world_size
+        for rank in ranks:
+            cut = epoch_of(labels, batch_size, k_classes, rank=rank, world_size=world_size, **case)
+            np.testing.assert_array_equal(cut, whole[:, rank * share : (rank + 1) * share])
+        if len(labels) >= 12 and whole.size >= 12 and len(set(whole.ravel().tolist())) >= 12:
+            distinct += 1  # the same by chance is less likely than one in 12!
+            for change in (dict(case, epoch=epoch + 1), dict(case, seed=seed + 1)):
+                other = epoch_of(labels, batch_size, k_classes, **change)
+                assert not np.array_equal(other, whole)
+    assert distinct > 200
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_properties_of_plain_shuffles(block):
+    rng = np.random.default_rng([block, 2027])
+    for _ in range(125):
+        labels, batch_size, _, world_size, seed, epoch = random_case(rng)
+        whole = epoch_of(labels, batch_size, seed=seed, epoch=epoch)
+        assert whole.shape == (len(labels) // batch_size, batch_size)
+        assert len(set(whole.ravel().tolist())) == whole.size  # no image twice in an epoch
+        cuts = [
+            epoch_of(labels, batch_size, seed=seed, epoch=epoch, rank=rank, world_size=world_size)
+            for rank in range(world_size)
+        ]
+        np.testing.assert_array_equal(np.concatenate(cuts, axis=1), whole)
+
+
+def test_properties_of_long_tails():
+    rng = np.random.default_rng(2028)
+    for _ in range(500):
+        labels, *_, seed, _ = random_case(rng)
+        exponent = float(rng.choice([0, 0.25, 1, 2.5, 40, rng.random() * 3]))
+        kept = long_tail(labels, exponent, seed)
+        assert kept.tolist() == sorted(set(kept.tolist()))
+        assert 0 <= kept[0] and kept[-1] < len(labels)
+        _, ranks, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+        counts = np.bincount(ranks[kept], minlength=len(sizes))
+        expected = sizes * np.arange(1.0, len(sizes) + 1) ** -exponent
+        assert ((abs(counts - expected) <= 0.5 + 1e-9) | (counts == 1)).all()
+        assert counts.min() >= 1 and (counts <= sizes).all()
+        np.testing.assert_array_equal(long_tail(labels.tolist(), exponent, seed), kept)
+        steeper = long_tail(labels, exponent + 0.5, seed)
+        assert set(steeper.tolist()) <= set(kept.tolist())  # of each class the same come first
+        if exponent == 0:
+            assert len(kept) == len(labels)
+
+
+def test_properties_of_priors():
+    rng = np.random.default_rng(2029)
+    for _ in range(500):
+        num_prototypes = int(rng.integers(1, rng.choice([2, 50, 3000]), endpoint=True))
+        exponent = float(rng.choice([0, 0.25, 1, rng.random() * 6]))
+        prior = power_law_prior(num_prototypes, exponent)
+        assert prior.shape == (num_prototypes,) and prior.dtype == torch.float64
+        assert abs(prior.sum().item() - 1) < 1e-12 and (prior > 0).all()
+        assert (prior.diff() <= 0).all()
+        k = int(rng.integers(1, num_prototypes, endpoint=True))
+        assert prior[k - 1] / prior[0] == pytest.approx(k**-exponent, rel=1e-9)
+        assert torch.equal(power_law_prior(num_prototypes, exponent), prior)
