@@ -494,7 +494,9 @@ def batch_sampler(classes, args):
             seed=args.seed,
         )
     except ValueError as error:
-        wanted = f"--batch-size {args.batch_size}, --k-classes {args.k_classes}"
+        wanted = f"--batch-size {args.batch_size}"
+        if args.k_classes:
+            wanted += f", --k-classes {args.k_classes}"
         raise Refusal(f"{wanted}: {error}") from None
 
 
