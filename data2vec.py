@@ -833,45 +833,59 @@ def orientation(image):
 
 
 # ---- Colours
+def change_some(image, chosen, change, *numbers):
+    """Replace the chosen images of (B, 3, H, W) by change(images, *numbers of these), in place.
+
+    chosen (B,) and numbers (B, ...) are on the CPU, so that nobody waits for a GPU."""
+    chosen = chosen.nonzero()[:, 0]
+    if len(chosen) == 0:
+        return
+    numbers = [x[chosen].to(image.device) for x in numbers]
+    chosen = chosen.to(image.device)
+    image[chosen] = change(image[chosen], *numbers)
+
+
 def jitter_colours(image, strengths, chosen, amounts, order):
     """Brightness, contrast, saturation, hue of `chosen` (B,) images, each in its own order.
 
     image (B, 3, H, W) in [0, 1], changed in place; strengths: of the four kinds; amounts (B, 4),
     uniform; order (B, 4): the kind that comes first, second, ..."""
-    kinds = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
-    for place, (kind, adjust) in itertools.product(range(4), enumerate(kinds)):
-        if strengths[kind] == 0:
-            continue
-        now = (chosen & (order[:, place] == kind)).nonzero()[:, 0]
-        amount = strengths[kind] * (2 * amounts[now, kind] - 1)
-        if adjust is not adjust_hue:
-            amount = (1 + amount).clamp(min=0)  # a factor
-        now = now.to(image.device)
-        image[now] = adjust(image[now], amount.to(image.device).view(-1, 1, 1, 1))
+    adjustments = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
+    strengths = torch.tensor(strengths)
+    amounts = strengths * (2 * amounts - 1)  # (B, 4)
+    amounts[:, :3] = (1 + amounts[:, :3]).clamp(min=0)  # factors; the hue's is added
+
+    used = strengths.nonzero()[:, 0]
+    order = order[torch.isin(order, used)].view(len(order), len(used))
+    for kinds in itertools.permutations(used.tolist()):
+
+        def adjust(image, amounts, kinds=kinds):
+            for kind in kinds:
+                image = adjustments[kind](image, amounts[:, kind].view(-1, 1, 1, 1))
+            return image
+
+        in_this_order = (order == torch.tensor(kinds)).all(dim=1)
+        change_some(image, chosen & in_this_order, adjust, amounts)
     return image
 
 
 def adjust_brightness(image, factor):
-    return blend(torch.zeros_like(image), image, factor)
+    return (factor * image).clamp_(0, 1)
 
 
 def adjust_contrast(image, factor):
-    return blend(greyscale(image).mean(dim=(2, 3), keepdim=True), image, factor)
+    mean = greyscale(image.mean(dim=(2, 3), keepdim=True))
+    return mean.lerp(image, factor).clamp_(0, 1)
 
 
 def adjust_saturation(image, factor):
-    return blend(greyscale(image), image, factor)
-
-
-def blend(start, end, factor):
-    """From start (factor 0) to end (factor 1) and beyond, cut to [0, 1]."""
-    return (start + factor * (end - start)).clamp(0, 1)
+    return greyscale(image).lerp(image, factor).clamp_(0, 1)
 
 
 def greyscale(image):
     """(B, 3, H, W) -> (B, 1, H, W), with torchvision's weights."""
-    weights = image.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
-    return (image * weights).sum(dim=1, keepdim=True)
+    r, g, b = image.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def adjust_hue(image, shift):
@@ -881,9 +895,11 @@ def adjust_hue(image, shift):
     r, g, b = image.split(1, dim=1)
     sixth = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
     sixth = torch.where(value == r, g - b, sixth)  # hue x chroma, in sixths of the circle
-    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1)
-    k = (sixth / chroma.clamp(min=1e-12) + 6 * shift + channel) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
+    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1) / 6
+    k = hue + channel
+    k = 6 * (k - k.floor())  # faster than %
+    return value - chroma * (2 - (k - 2).abs()).clamp_(0, 1)
 
 
 def normalise(image, standardise):

@@ -848,24 +848,32 @@ def photometry(views, u, jitter, grey, blur, blur_sigma, solarise, threshold):
     u (B, 13), uniform, on the CPU: 0 whether to jitter, 1 to 4 by how much, 5 whether grey, 6
     whether blurred, 7 how much, 8 whether solarised, 9 to 12 the order of the four jitters. Equal
     to torchvision's functions with the same parameters, image by image."""
-    image = jitter_colours(
-        views.float() / 255,
+    image = views.float().div_(255)
+    jitter_colours(
+        image,
         strengths=jitter,
         chosen=u[:, 0] < 0.8,
         amounts=u[:, 1:5],
         order=u[:, 9:].argsort(dim=1),
     )
-    u = u.to(views.device)
-    if grey:
-        keeps_colour = (u[:, 5] >= grey).float()
-        image = adjust_saturation(image, keeps_colour.view(-1, 1, 1, 1))
-    if blur:
-        sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * u[:, 7]
-        sigma = torch.where(u[:, 6] < blur, sigma, 1e-3)  # so narrow that nothing changes
-        radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
-        image = gaussian_blur(image, sigma, radius)
-    inverts = (u[:, 8] < solarise).view(-1, 1, 1, 1)
-    return torch.where(inverts & (image >= threshold), 1 - image, image)
+    sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * u[:, 7]
+    radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
+    change_some(image, u[:, 5] < grey, greyscale)
+    change_some(image, u[:, 6] < blur, functools.partial(gaussian_blur, radius=radius), sigma)
+    change_some(image, u[:, 8] < solarise, functools.partial(invert_bright, threshold=threshold))
+    return image
+
+
+def change_some(image, chosen, change, *numbers):
+    """Replace the chosen images of (B, 3, H, W) by change(images, *numbers of these), in place.
+
+    chosen (B,) and numbers (B, ...) are on the CPU, so that nobody waits for a GPU."""
+    chosen = chosen.nonzero()[:, 0]
+    if len(chosen) == 0:
+        return
+    numbers = [x[chosen].to(image.device) for x in numbers]
+    chosen = chosen.to(image.device)
+    image[chosen] = change(image[chosen], *numbers)
 
 
 def jitter_colours(image, strengths, chosen, amounts, order):
@@ -873,40 +881,42 @@ def jitter_colours(image, strengths, chosen, amounts, order):
 
     image (B, 3, H, W) in [0, 1], changed in place; strengths: of the four kinds; amounts (B, 4),
     uniform; order (B, 4): the kind that comes first, second, ..."""
-    kinds = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
-    for place, (kind, adjust) in itertools.product(range(4), enumerate(kinds)):
-        if strengths[kind] == 0:
-            continue
-        now = (chosen & (order[:, place] == kind)).nonzero()[:, 0]
-        amount = strengths[kind] * (2 * amounts[now, kind] - 1)
-        if adjust is not adjust_hue:
-            amount = (1 + amount).clamp(min=0)  # a factor
-        now = now.to(image.device)
-        image[now] = adjust(image[now], amount.to(image.device).view(-1, 1, 1, 1))
+    adjustments = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
+    strengths = torch.tensor(strengths)
+    amounts = strengths * (2 * amounts - 1)  # (B, 4)
+    amounts[:, :3] = (1 + amounts[:, :3]).clamp(min=0)  # factors; the hue's is added
+
+    used = strengths.nonzero()[:, 0]
+    order = order[torch.isin(order, used)].view(len(order), len(used))
+    for kinds in itertools.permutations(used.tolist()):
+
+        def adjust(image, amounts, kinds=kinds):
+            for kind in kinds:
+                image = adjustments[kind](image, amounts[:, kind].view(-1, 1, 1, 1))
+            return image
+
+        in_this_order = (order == torch.tensor(kinds)).all(dim=1)
+        change_some(image, chosen & in_this_order, adjust, amounts)
     return image
 
 
 def adjust_brightness(image, factor):
-    return blend(torch.zeros_like(image), image, factor)
+    return (factor * image).clamp_(0, 1)
 
 
 def adjust_contrast(image, factor):
-    return blend(greyscale(image).mean(dim=(2, 3), keepdim=True), image, factor)
+    mean = greyscale(image.mean(dim=(2, 3), keepdim=True))
+    return mean.lerp(image, factor).clamp_(0, 1)
 
 
 def adjust_saturation(image, factor):
-    return blend(greyscale(image), image, factor)
-
-
-def blend(start, end, factor):
-    """From start (factor 0) to end (factor 1) and beyond, cut to [0, 1]."""
-    return (start + factor * (end - start)).clamp(0, 1)
+    return greyscale(image).lerp(image, factor).clamp_(0, 1)
 
 
 def greyscale(image):
     """(B, 3, H, W) -> (B, 1, H, W), with torchvision's weights."""
-    weights = image.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
-    return (image * weights).sum(dim=1, keepdim=True)
+    r, g, b = image.split(1, dim=1)
+    return 0.2989 * r + 0.587 * g + 0.114 * b
 
 
 def adjust_hue(image, shift):
@@ -916,20 +926,29 @@ def adjust_hue(image, shift):
     r, g, b = image.split(1, dim=1)
     sixth = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
     sixth = torch.where(value == r, g - b, sixth)  # hue x chroma, in sixths of the circle
-    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1)
-    k = (sixth / chroma.clamp(min=1e-12) + 6 * shift + channel) % 6
-    return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
+    hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
+    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1) / 6
+    k = hue + channel
+    k = 6 * (k - k.floor())  # faster than %
+    return value - chroma * (2 - (k - 2).abs()).clamp_(0, 1)
 
 
 def gaussian_blur(image, sigma, radius):
-    """Blur each of (B, 3, H, W) by its own sigma (B,), pixels; 2 radius + 1 taps, reflected."""
+    """Blur each of (B, C, H, W) by its own sigma (B,), pixels; 2 radius + 1 taps, reflected."""
+    B, C, H, W = image.shape
     taps = torch.arange(-radius, radius + 1, device=image.device)
-    weights = (-0.5 * (taps / sigma[:, None]).square()).softmax(dim=1)[:, :, None, None, None]
-    for dim, padding in ((2, [0, 0, radius, radius]), (3, [radius, radius, 0, 0])):
-        padded = F.pad(image, padding, mode="reflect")
-        size = image.shape[dim]
-        image = sum(weights[:, i] * padded.narrow(dim, i, size) for i in range(len(taps)))
-    return image
+    weights = (-0.5 * (taps / sigma[:, None]).square()).softmax(dim=1)
+    weights = weights.repeat_interleave(C, dim=0)[:, None, :, None]  # (BC, 1, taps, 1)
+    planes = image.reshape(1, B * C, H, W)  # a plane has a convolution of its own
+    planes = F.pad(planes, [radius] * 4, mode="reflect")
+    planes = F.conv2d(planes, weights, groups=B * C)
+    planes = F.conv2d(planes, weights.transpose(2, 3), groups=B * C)
+    return planes.view(B, C, H, W)
+
+
+def invert_bright(image, threshold):
+    """Solarise: invert pixels from the threshold on."""
+    return torch.where(image >= threshold, 1 - image, image)
 
 
 def normalise(image, standardise):
