@@ -739,13 +739,13 @@ class CroppedViews(Dataset):
     def crop_tensors(self, step, indices, first):
         """All images at once."""
         B = len(indices)
-        images = self.images[indices].expand(-1, 3, -1, -1)
+        images = self.images[indices]  # (B, C, H, H); grey ones have a single channel
         torch.manual_seed(hash((self.seed, step, 0)))
         views = []
         for V, size, area in self.sizes:
             u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
             crops = [crop_batch(images, one, area, size, self.flip) for one in u]
-            views.append(torch.stack(crops))
+            views.append(torch.stack(crops).expand(-1, -1, 3, -1, -1))
         return views
 
     def crop_files(self, step, indices, first):
@@ -767,8 +767,8 @@ class CroppedViews(Dataset):
 def crop_batch(images, u, area, size, flip):
     """RandomResizedCrop and flip of square images, all at once, by bilinear sampling.
 
-    images (B, 3, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box that
-    fits, of `area` (fraction of the image) and aspect 3/4 to 4/3 -> (B, 3, size, size) uint8."""
+    images (B, C, H, H) uint8, u (B, 10, 4) uniform: ten tries, as torchvision, for a box that
+    fits, of `area` (fraction of the image) and aspect 3/4 to 4/3 -> (B, C, size, size) uint8."""
     share = area[0] + (area[1] - area[0]) * u[..., 0]  # (B, 10)
     aspect = (4 / 3) ** (2 * u[..., 1] - 1)
     widths = (share * aspect).sqrt()  # fractions of the image's side
@@ -780,9 +780,12 @@ def crop_batch(images, u, area, size, flip):
     x = (2 * u[:, 0, 2] - 1) * (1 - width)  # the box's centre, in [-1, 1]
     y = (2 * u[:, 0, 3] - 1) * (1 - height)
     width = torch.where(u[:, 1, 2] < flip, -width, width)
-    zero = torch.zeros_like(x)
-    affine = torch.stack([width, zero, x, zero, height, y], dim=1).view(-1, 2, 3)
-    grid = F.affine_grid(affine, [len(x), 3, size, size], align_corners=False)
+    pixel = (2 * torch.arange(size) + 1) / size - 1  # their centres, in [-1, 1]
+    columns = x[:, None] + width[:, None] * pixel  # (B, size)
+    rows = y[:, None] + height[:, None] * pixel
+    columns = columns[:, None, :].expand(-1, size, -1)
+    rows = rows[:, :, None].expand(-1, -1, size)
+    grid = torch.stack([columns, rows], dim=3)  # (B, size, size, 2)
     crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return crops.round().byte()
 
