@@ -136,9 +136,14 @@ def nt_xent_loss(z1, z2, temperature=0.1):
 
     anchor = torch.arange(2 * B, device=z.device)
     itself = N * (anchor // B) + B * rank() + anchor % B  # its column: view, process, image
-    logits[anchor, itself] = -math.inf  # an anchor is not compared with itself
-    other_view = (itself + N) % (2 * N)
-    return F.cross_entropy(logits, other_view)
+    with torch.no_grad():  # an anchor is not compared with itself: exp(-inf) is 0
+        logits[anchor, itself] = -math.inf
+        highest = logits.amax(dim=1)  # keeps exp from overflowing
+
+    # In place, since nothing else needs so much memory.
+    log_sums = highest + logits.sub_(highest[:, None]).exp_().sum(dim=1).log()  # (2B,)
+    positives = (z[0] * z[1]).sum(dim=1) / temperature  # (B,), of either view as the anchor
+    return log_sums.mean() - positives.mean()
 
 
 # ---- 3. Model
