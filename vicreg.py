@@ -980,12 +980,27 @@ def all_reduce_mean(x):
     return AllReduceMean.apply(x)
 
 
+class AllGather(torch.autograd.Function):
+    """See gather. Each process sends its part to the others, and back each one's gradient."""
+
+    @staticmethod
+    def forward(ctx, z):
+        parts = [torch.empty_like(z) for _ in range(world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        of_all = torch.empty_like(gradient)  # of our part, by each process
+        dist.all_to_all_single(of_all, gradient)
+        return of_all.unflatten(0, (world_size(), -1)).sum(dim=0)
+
+
 def gather(z):
     """(B, ...) of each process -> (W * B, ...), by rank. Backward: every process's gradient,
     summed; after DDP's mean over processes that is the full batch's gradient."""
-    padded = z.new_zeros(world_size(), *z.shape)
-    padded[rank()] = z
-    return all_reduce_mean(world_size() * padded).flatten(0, 1)
+    return AllGather.apply(z.contiguous()) if dist.is_initialized() else z
 
 
 class BatchNorm(nn.BatchNorm1d):
