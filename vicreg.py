@@ -157,9 +157,16 @@ def variance_and_covariance(z):
     deviations = (variances + 1e-4).sqrt()  # 1e-4: at 0 the gradient would be infinite
     v = F.relu(1 - deviations).mean()
 
-    # The sum of squares of Z'Z (D, D) is that of ZZ' (N, N), of which a process needs its rows.
-    gram = z @ gather(z).T  # (B, N)
-    squares = all_reduce_mean(gram.square().sum() * world_size()) / (N - 1) ** 2
+    # The sum of squares of Z'Z (D, D) is that of ZZ' (N, N), of which a process needs its rows: the
+    # smaller one serves. By symmetry the gradient by either factor is half of the whole.
+    fixed = z.detach()
+    if z.shape[1] < N:
+        products = all_reduce_mean(fixed.T @ z) * world_size()  # (D, D)
+        squares = products.square().sum()
+    else:
+        products = z @ gather(fixed).T  # (B, N)
+        squares = all_reduce_mean(products.square().sum()) * world_size()
+    squares = (2 * squares - squares.detach()) / (N - 1) ** 2
     c = (squares - variances.square().sum()) / z.shape[1]  # without the diagonal
     return v, c
 
