@@ -130,10 +130,11 @@ def list_images(root, paths):
         paths.skipped += sum(map(is_hidden, subfolders))
         subfolders[:] = [name for name in subfolders if not is_hidden(name)]
     for folder, files in sorted(folders):
-        paths.skipped += sum(map(is_hidden, files))
-        for file in sorted(files):
-            if file.lower().endswith(IMG_EXTENSIONS) and not is_hidden(file):
-                paths.append(os.path.join(folder, file))
+        shown = [name for name in files if not name.startswith(".")]
+        paths.skipped += len(files) - len(shown)
+        images = sorted(name for name in shown if name.lower().endswith(IMG_EXTENSIONS))
+        start = os.path.join(folder, "")
+        paths += [start + name for name in images]
 
 
 def is_hidden(name):
@@ -180,13 +181,13 @@ def draw_plates(per_class, seed):
     glyphs = draw_glyphs()
     pixel = torch.arange(32) + 0.5
     images = []
-    for part in torch.arange(N).split(1000):  # bounds memory
+    for part in torch.arange(N).split(100):  # they fit into a processor's cache
         distance = torch.hypot(pixel - centre[part, 0], pixel[:, None] - centre[part, 1])
-        discs = (radius[part] - distance + 0.5).clamp(0, 1) * shade[part]  # (1000, 3, 32, 32)
+        discs = (radius[part] - distance + 0.5).clamp(0, 1) * shade[part]  # (100, 3, 32, 32)
         discs = discs.amax(dim=1, keepdim=True)
         grid = F.affine_grid(affine[part], discs.shape, align_corners=False)
         number = F.grid_sample(glyphs[numbers[part]], grid, align_corners=False)
-        mixed = ground[part].lerp(ink[part], torch.maximum(number, discs))  # (1000, 1, 32, 32)
+        mixed = ground[part].lerp(ink[part], torch.maximum(number, discs))  # (100, 1, 32, 32)
         images.append((255 * mixed).round().byte())
 
     labels = dict(
