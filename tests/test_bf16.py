@@ -25,15 +25,16 @@ def test_losses_agree_to_the_precision_of_bf16(script, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "linear", spied)
     for flag in ("--no-bf16", "--bf16"):
-        options = flag, "--steps", 3, "--log-every", 1, "--batch-size", 64, "--warmup", 0
+        options = flag, "--steps", 3, "--log-every", 1, "--batch-size", 64
         if script in SIAMESE:
             options += ("--stem", *script.RECIPES["plates"]["stem"])
         state, log = run(script, tmp_path / flag[2:], *options)
-        losses.append(torch.tensor([line["loss"] for line in log]))
+        losses.append(torch.tensor([line["loss"] for line in log]).mean())
         assert state["options"]["bf16"] == (flag == "--bf16")
         weights.append(state["encoder"])
         assert (torch.bfloat16 in kinds) == (flag == "--bf16")
-    torch.testing.assert_close(*losses, rtol=0.02, atol=0.02)
+    # The mean over steps: rounding moves a single loss of few images by some per cent, either way.
+    torch.testing.assert_close(*losses, rtol=0.015, atol=0)
     assert not torch.equal(*losses)
     assert all(x.dtype != torch.bfloat16 for x in weights[1].values())
 

@@ -549,20 +549,22 @@ def peak_of_nt_xent(B, processes):
         return status("VmHWM") - before
 
 
-def measure_peaks(rank, path, N):
+def measure_peak(rank, path, N, processes):
+    simclr.reuse_memory()  # as in a run; what then is kept but does not fit again counts
     torch.set_num_threads(1)
-    peaks = []
-    for processes in (8, 1):
-        peak_of_nt_xent(8, processes)  # what the first call needs is not counted
-        peaks.append(peak_of_nt_xent(N // processes, processes))
-    torch.save(peaks, path)
+    peak_of_nt_xent(8, processes)  # what the first call needs is not counted
+    torch.save(peak_of_nt_xent(N // processes, processes), path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured on Linux")
 def test_a_process_of_8_holds_an_eighth_of_the_similarities(tmp_path):
     N = 4096  # images of all processes
-    run_processes(measure_peaks, (str(tmp_path / "peaks"), N), processes=1)
-    share, whole = torch.load(tmp_path / "peaks")
+    peaks = []
+    for processes in (8, 1):
+        path = str(tmp_path / f"peak_{processes}")
+        run_processes(measure_peak, (path, N, processes), processes=1)
+        peaks.append(torch.load(path))
+    share, whole = peaks
     logits = 2 * N // 8 * 2 * N * 4  # bytes of the process's rows: 34 MB
-    assert logits < share <= 3.2 * logits  # logits, their logarithmic softmax, a gradient
+    assert logits < share <= 2.2 * logits  # logits and their gradient
     assert 7 * share < whole < 8.5 * share
