@@ -683,6 +683,8 @@ def begin_loader(main, worker):
     update; it ends with main."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, outlive_sigterm)
+    if hasattr(os, "nice"):
+        os.nice(10)  # where there are few cores, the threads of main go first
     if os.getppid() != main:  # forkserver: torch would not notice
         threading.Thread(target=end_with, args=(main,), daemon=True).start()
 
@@ -740,7 +742,7 @@ class CroppedViews(Dataset):
         """All images at once."""
         B = len(indices)
         images = self.images[indices]  # (B, C, H, H); grey ones have a single channel
-        torch.manual_seed(hash((self.seed, step, 0)))
+        torch.default_generator.manual_seed(hash((self.seed, step, 0)))
         views = []
         for V, size, area in self.sizes:
             u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
@@ -753,7 +755,7 @@ class CroppedViews(Dataset):
         images = []
         for position, index in enumerate(indices, first):
             image = read_image(self.images[index])
-            torch.manual_seed(hash((self.seed, step, 0, position)))
+            torch.default_generator.manual_seed(hash((self.seed, step, 0, position)))
             images.append([self.crop_image(image, *size) for size in self.sizes])
         return [torch.stack(views, dim=1) for views in zip(*images)]
 
@@ -845,7 +847,7 @@ def change_some(image, chosen, change, *numbers):
         return
     numbers = [x[chosen].to(image.device) for x in numbers]
     chosen = chosen.to(image.device)
-    image[chosen] = change(image[chosen], *numbers)
+    image[chosen] = change(image.index_select(0, chosen), *numbers)
 
 
 def jitter_colours(image, strengths, chosen, amounts, order):
@@ -877,12 +879,16 @@ def adjust_brightness(image, factor):
 
 
 def adjust_contrast(image, factor):
-    mean = greyscale(image.mean(dim=(2, 3), keepdim=True))
-    return mean.lerp(image, factor).clamp_(0, 1)
+    return blend(greyscale(image.mean(dim=(2, 3), keepdim=True)), image, factor)
 
 
 def adjust_saturation(image, factor):
-    return greyscale(image).lerp(image, factor).clamp_(0, 1)
+    return blend(greyscale(image), image, factor)
+
+
+def blend(start, end, factor):
+    """From start (factor 0) to end (factor 1) and beyond, cut to [0, 1]."""
+    return (factor * end).add_((1 - factor) * start).clamp_(0, 1)
 
 
 def greyscale(image):
@@ -896,13 +902,14 @@ def adjust_hue(image, shift):
     value = image.amax(dim=1, keepdim=True)
     chroma = value - image.amin(dim=1, keepdim=True)
     r, g, b = image.split(1, dim=1)
-    sixth = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
-    sixth = torch.where(value == r, g - b, sixth)  # hue x chroma, in sixths of the circle
+    sixth = (r - g + 4 * chroma).lerp(b - r + 2 * chroma, (value == g).float())
+    sixth = sixth.lerp(g - b, (value == r).float())  # hue x chroma, in sixths of the circle
     hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
     channel = image.new_tensor([5, 3, 1]).view(3, 1, 1) / 6
-    k = hue + channel
-    k = 6 * (k - k.floor())  # faster than %
-    return value - chroma * (2 - (k - 2).abs()).clamp_(0, 1)
+    k = hue + channel  # (B, 3, H, W), in place from here on
+    k -= k.floor()  # faster than %
+    k.mul_(6).sub_(2).abs_()
+    return value - chroma * (2 - k).clamp_(0, 1)
 
 
 def normalise(image, standardise):

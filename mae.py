@@ -604,6 +604,8 @@ def begin_loader(main, worker):
     update; it ends with main."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, outlive_sigterm)
+    if hasattr(os, "nice"):
+        os.nice(10)  # where there are few cores, the threads of main go first
     if os.getppid() != main:  # forkserver: torch would not notice
         threading.Thread(target=end_with, args=(main,), daemon=True).start()
 
@@ -661,7 +663,7 @@ class CroppedViews(Dataset):
         """All images at once."""
         B = len(indices)
         images = self.images[indices]  # (B, C, H, H); grey ones have a single channel
-        torch.manual_seed(hash((self.seed, step, 0)))
+        torch.default_generator.manual_seed(hash((self.seed, step, 0)))
         views = []
         for V, size, area in self.sizes:
             u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
@@ -674,7 +676,7 @@ class CroppedViews(Dataset):
         images = []
         for position, index in enumerate(indices, first):
             image = read_image(self.images[index])
-            torch.manual_seed(hash((self.seed, step, 0, position)))
+            torch.default_generator.manual_seed(hash((self.seed, step, 0, position)))
             images.append([self.crop_image(image, *size) for size in self.sizes])
         return [torch.stack(views, dim=1) for views in zip(*images)]
 
