@@ -256,11 +256,13 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):
+    def forward(self, x, wanted=None):
+        """wanted: put out the first so many tokens alone; None: all."""
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
-        x = x + self.attn["proj"](mixed)
+        mixed = F.scaled_dot_product_attention(q[:, :, :wanted], k, v)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, N, D)
+        x = x[:, :wanted] + self.attn["proj"](mixed)
         hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))  # (B, N, 4D)
         return x + self.mlp["fc2"](hidden)
 
@@ -370,7 +372,7 @@ def train(args, device):
         fused=True,
     )
     run.restore(sampler, mae=mae, encoder=EncoderOf(mae), optimizer=optimizer)
-    model = DistributedDataParallel(mae)
+    model = DistributedDataParallel(mae, gradient_as_bucket_view=True)
 
     dataset = CroppedViews(images, [(1, args.image_size, args.crop)], args)
     for step, (crops,) in run.steps(batch_loader(dataset, sampler, run, args)):

@@ -221,11 +221,13 @@ class Block(nn.Module):
         self.attn = nn.ModuleDict(dict(qkv=nn.Linear(dim, 3 * dim), proj=nn.Linear(dim, dim)))
         self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
 
-    def forward(self, x):
+    def forward(self, x, wanted=None):
+        """wanted: put out the first so many tokens alone; None: all."""
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(2, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, D)
-        x = x + self.attn["proj"](mixed)
+        mixed = F.scaled_dot_product_attention(q[:, :, :wanted], k, v)
+        mixed = mixed.transpose(1, 2).flatten(2)  # (B, N, D)
+        x = x[:, :wanted] + self.attn["proj"](mixed)
         hidden = F.gelu(self.mlp["fc1"](self.norm2(x)))  # (B, N, 4D)
         return x + self.mlp["fc2"](hidden)
 
@@ -255,7 +257,11 @@ class VisionTransformer(nn.Module):
         if keep is not None:
             x = x[:, keep]
         cls = (self.cls_token + cls_position).expand(len(x), -1, -1)  # (B, 1, D)
-        x = self.blocks(torch.cat([cls, x], dim=1))
+        x = torch.cat([cls, x], dim=1)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        x = last(x, wanted=1)  # nothing else is used
         return self.norm(x[:, 0])
 
     def positions(self, grid):
@@ -454,7 +460,7 @@ def train(args, device):
     target = copy.deepcopy(anchor).requires_grad_(False)
     optimizer = torch.optim.AdamW(parameter_groups(anchor), fused=True)
     run.restore(sampler, msn=anchor, target=target, encoder=target.encoder, optimizer=optimizer)
-    model = DistributedDataParallel(anchor)
+    model = DistributedDataParallel(anchor, gradient_as_bucket_view=True)
 
     sizes = [(1 + args.rand_views, args.image_size, args.rand_crop)]  # the first is the target
     if args.focal_views:
