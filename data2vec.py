@@ -447,7 +447,7 @@ def train(args, device):
         fused=True,
     )
     run.restore(sampler, anchor=anchor, target=target, encoder=target.encoder, optimizer=optimizer)
-    model = DistributedDataParallel(anchor)
+    model = DistributedDataParallel(anchor, gradient_as_bucket_view=True)
 
     views = CroppedViews(images, [(1, args.image_size, args.crop)], args)
     dataset = MaskedViews(views, args)

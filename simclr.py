@@ -325,7 +325,7 @@ def train(args, device):
         lr_in_buffer=True,
     )
     run.restore(sampler, simclr=simclr, encoder=encoder, optimizer=optimizer)
-    model = DistributedDataParallel(simclr)
+    model = DistributedDataParallel(simclr, gradient_as_bucket_view=True)
 
     dataset = CroppedViews(images, [(2, args.image_size, args.crop)], args)
     for step, (crops,) in run.steps(batch_loader(dataset, sampler, run, args)):

@@ -344,7 +344,7 @@ def train(args, device):
         trust=args.trust,
     )
     run.restore(sampler, vicreg=vicreg, encoder=encoder, optimizer=optimizer)
-    model = DistributedDataParallel(vicreg)
+    model = DistributedDataParallel(vicreg, gradient_as_bucket_view=True)
 
     dataset = CroppedViews(images, [(2, args.image_size, args.crop)], args)
     for step, (crops,) in run.steps(batch_loader(dataset, sampler, run, args)):
