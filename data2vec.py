@@ -23,10 +23,11 @@ patches of a process's images.
 
 import argparse
 import contextlib
-import ctypes
 import copy
+import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -930,6 +931,7 @@ def process_group():
         if hasattr(stream, "reconfigure"):  # a console without some letter of a path shows its code
             stream.reconfigure(errors="backslashreplace")
     reuse_memory()
+    gc.collect()  # of an earlier run: loader processes that are forked could not end its threads
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:

@@ -22,10 +22,11 @@ and --k-classes. In shapes: B images in a process, V views, N patches, D width, 
 import argparse
 import collections
 import contextlib
-import ctypes
 import copy
+import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -997,6 +998,7 @@ def process_group():
         if hasattr(stream, "reconfigure"):  # a console without some letter of a path shows its code
             stream.reconfigure(errors="backslashreplace")
     reuse_memory()
+    gc.collect()  # of an earlier run: loader processes that are forked could not end its threads
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:

@@ -25,6 +25,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -868,6 +869,7 @@ def process_group():
         if hasattr(stream, "reconfigure"):  # a console without some letter of a path shows its code
             stream.reconfigure(errors="backslashreplace")
     reuse_memory()
+    gc.collect()  # of an earlier run: loader processes that are forked could not end its threads
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
