@@ -692,6 +692,8 @@ def encode(encoders, images, order, batch_size, epoch=None, wanted=(), workers=0
         for indices in batch.split(piece)[own]:
             items.append((epoch, indices.tolist()))
     workers = 0 if torch.is_tensor(images.images) else workers
+    if workers:
+        gc.collect()  # an earlier run in this process: a forked process cannot end its threads
     pieces = iter(
         DataLoader(
             images, batch_size=None, sampler=items, num_workers=workers, collate_fn=share_memory
@@ -1888,7 +1890,6 @@ def process_group():
         if hasattr(stream, "reconfigure"):  # a console without some letter of a path shows its code
             stream.reconfigure(errors="backslashreplace")
     reuse_memory()
-    gc.collect()  # of an earlier run: loader processes that are forked could not end its threads
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:

@@ -540,6 +540,8 @@ def batch_loader(dataset, sampler, run, args):
     workers = args.workers
     if workers is None:
         workers = 0 if torch.is_tensor(dataset.images) else cores_of_process()
+    if workers:
+        gc.collect()  # an earlier run in this process: a forked process cannot end its threads
     return DataLoader(
         dataset,
         batch_size=None,
@@ -869,7 +871,6 @@ def process_group():
         if hasattr(stream, "reconfigure"):  # a console without some letter of a path shows its code
             stream.reconfigure(errors="backslashreplace")
     reuse_memory()
-    gc.collect()  # of an earlier run: loader processes that are forked could not end its threads
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:

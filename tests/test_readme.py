@@ -198,13 +198,13 @@ def test_no_placeholder_no_dead_link_and_short():
 
 
 def test_options_in_readme_exist(capsys):
-    """Those of each script's --help, of the two programs in tests/, of torchrun and of pip."""
+    """Those of each script's --help, of the programs in tests/, of torchrun and of pip."""
     known = {"--nproc_per_node"}
     for script in (*SCRIPTS.values(), linear_eval):
         with pytest.raises(SystemExit, match="0"):
             script.parse_args(["--help"])
         known |= options_in(capsys.readouterr().out)
-    for name in ("tests/reproduce.py", "tests/test_copies.py"):
+    for name in ("tests/reproduce.py", "tests/benchmark.py", "tests/test_copies.py"):
         known |= set(re.findall(r'"(--[\w-]+)"', (ROOT / name).read_text()))
     assert {"--help", "--no-bf16", "--k-classes", "--from", "--table"} <= known
     assert options_in(README) <= known
