@@ -432,7 +432,8 @@ def whole_step(method, rank, processes, dtype, local):
     if method is simclr:
         model = simclr.SimCLR(encoder, dim, hidden=24, output=12, layers=2)
     else:
-        model = vicreg.VICReg(encoder, dim, hidden=24, output=20)
+        # Narrower than the batch of all: Z'Z. The recorded embeddings are wider: ZZ'.
+        model = vicreg.VICReg(encoder, dim, hidden=24, output=12)
     model = model.to(dtype)
     views = torch.rand(2, 16, 3, 16, 16).to(dtype)
     views = views[:, 16 // processes * rank :][:, : 16 // processes]
