@@ -911,7 +911,7 @@ def reuse_memory():
     """Let glibc keep the memory of freed tensors for new ones.
 
     Else it gives those of over 32 MB back to the system, which hands them out again page by page:
-    of `python simclr.py` that took a third of the time."""
+    of `python simclr.py` that took nearly half of the time."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
