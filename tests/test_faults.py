@@ -960,6 +960,44 @@ def check_loaders(script, method, workers, undisturbed, pictures, tmp_path, monk
     assert_as_undisturbed(tmp_path / "out", undisturbed(script))
 
 
+TWO_RUNS = """
+import gc, multiprocessing, sys
+import mae
+multiprocessing.set_start_method("fork")
+gc.disable()  # so that the first run's network is still there, as garbage
+*options, out = sys.argv[1:]
+mae_step = mae.mae_step
+
+def fail(*inputs):
+    mae_step(*inputs)
+    raise ArithmeticError
+
+mae.mae_step = fail
+try:
+    mae.main([*options, "--out", out + "/first"])
+except ArithmeticError as error:
+    error.itself = error  # a cycle that holds the frames of train, and so the network
+mae.mae_step = mae_step
+
+def read_image(path, read=mae.read_image):
+    networks = [x for x in gc.get_objects() if isinstance(x, mae.DistributedDataParallel)]
+    assert len(networks) == 1, len(networks)  # in the loader process: this run's
+    return read(path)
+
+mae.read_image = read_image
+mae.main([*options, "--workers", "1", "--out", out + "/second"])
+"""
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
+def test_loader_processes_of_a_second_run_do_not_inherit_the_first_ones_network(pictures, tmp_path):
+    """Their garbage collector would wait for its threads, which a forked process does not have."""
+    options = command_line(mae, pictures, tmp_path)
+    command = [sys.executable, "-B", "-c", TWO_RUNS, *options, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 # ---- 8. Folders as people have them
 
 
