@@ -85,7 +85,8 @@ RECIPES = {
     "plates": SMALL | dict(
         rand_crop=[0.6, 1.0], flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0,
         solarise=0.5, threshold=0.0, noise=0.2, standardise=True,
-        epochs=7, warmup=0.5, ema=0.98,
+        rand_views=1,
+        batch_size=1024, epochs=10, warmup=1.0, start_lr=5e-4, lr=3e-3, ema=0.95,
     ),
 }  # fmt: skip
 

@@ -1,247 +1,248 @@
-"""README's two tables on priors: MSN's uniform one against PMSN's power laws.
+"""Every table and figure of README and docs/results.md, from one command.
 
-    python tests/reproduce.py --out runs/priors --jobs 2
-    python tests/reproduce.py --table toy --out runs/toy --jobs 2
+    python tests/reproduce.py                        all of it; stopped, it goes on where it was
+    python tests/reproduce.py --table priors         one of the studies
+    python tests/reproduce.py --folder EMOJI         the rows of a folder of pictures
+    python tests/reproduce.py --draw                 tables and figures alone, no runs
+    python tests/reproduce.py --quick --results runs/quick.jsonl       afresh, in half an hour
 
-trains and evaluates every run whose result is not there yet (stopped, it goes on where it was), one
-thread each, and prints the table, of means over seeds and standard errors.
-
-priors: long-tailed and balanced plates. Per cent right of each digit (first middle last) on all
-test images, on the tenth of the classes seen most and the rarer half.
-
-toy: numbers a 0 b, two values each, of which a is balanced and b follows a power law, and two
-prototypes. Which of the two digits do prototypes tell, and under which prior? Both digits are given
-as codes, so equally easy; or the numbers are plates, and a view's pair another drawing or the same.
+A run is a command that docs show, then its evaluations. Each appends a line to docs/results.jsonl:
+command, commit, seed, seconds, threads, all numbers. What has a line is not run again: to see for
+yourself, give another file. Tables and figures are made from that file alone, by tests/tables.py.
 """
 
 import argparse
-import copy
-import functools
+import dataclasses
 import itertools
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
-import types
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-import numpy as np
+import tables
 import torch
-import torch.nn.functional as F
-from torch import nn
+from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import msn
-import pmsn
-import sampler
-
-ROOT = Path(msn.__file__).parent
-# About 780 steps of 128 images on either, the warm-up a quarter of them.
-DATA = {
-    "long-tailed": ["--long-tail", "1", "--epochs", "86", "--warmup", "20"],
-    "balanced": ["--epochs", "2", "--warmup", "0.5"],
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+EVALUATE = "linear_eval.py {out}/checkpoint.pt"
+# What is measured after a run: name: (command, the file it leaves in the run's folder).
+MEASURES = {
+    "digits": (f"{EVALUATE} --no-untrained", "linear_eval_plates_digits.json"),
+    "count": (f"{EVALUATE} --no-untrained --target count", "linear_eval_plates_count.json"),
+    "size": (f"{EVALUATE} --no-untrained --target size", "linear_eval_plates_size.json"),
+    "digits, untrained too": (EVALUATE, "linear_eval_plates_digits.json"),
+    "count, untrained too": (f"{EVALUATE} --target count", "linear_eval_plates_count.json"),
+    "size, untrained too": (f"{EVALUATE} --target size", "linear_eval_plates_size.json"),
+    "class": (EVALUATE, "linear_eval_class.json"),
+    "prototypes": ("tests/prototypes.py {out}/checkpoint.pt", "prototypes.json"),
+    "toy": (None, "toy.json"),  # the run itself leaves it
 }
-METHODS = {"MSN": ["msn.py"]}
-for exponent in ("0.25", "0.5", "1.0"):
-    METHODS[f"PMSN {exponent}"] = ["pmsn.py", "--exponent", exponent]
-SEEDS = (0, 1, 2)
-RESULT = "linear_eval_plates_digits.json"
-
-VALUES = (2, 4)  # of the toy's digits
-TAIL = 2.0  # b's k-th value has a share proportional to k**-TAIL
-PRIORS = {"uniform": 0.0, "matching": TAIL}
-TOY_SEEDS = range(12)
-TRAINING = (2, 3, 4, 5, 6, 7)  # seeds of the toy's plates
-TEST = (8, 9)
-DRAWINGS = 50  # of each number, by each seed
-PLATES = dict(hidden=256, output=32, lr=3e-3, noise=0.1)
-CODES = dict(hidden=64, output=16, lr=1e-2, codes=True)
-FORMS = {
-    "codes, noise 0.5": CODES | dict(noise=0.5),
-    "codes, noise 0.3": CODES | dict(noise=0.3),
-    "plates, views of two drawings": PLATES,
-    "plates, views of one drawing": PLATES | dict(drawings=False),
-}
+UNTRAINED = tuple(f"{target}, untrained too" for target in tables.TARGETS)
+# Minutes of a run on one core with its evaluations, until results tell: for the time that is left.
+MINUTES = {"simclr": 5, "vicreg": 5, "msn": 12, "pmsn": 12, "mae": 5, "data2vec": 10, "toy": 0.15}
 
 
-def folder(out, data, method, seed):
-    return out / f"{data} {method} {seed}".replace(" ", "_")
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A command without seed and folder, a seed, and names of MEASURES."""
+
+    command: str
+    seed: int
+    measures: tuple
+
+    @property
+    def full_command(self):
+        return f"python {self.command} --seed {self.seed}"
 
 
-def run(out, data, method, seed):
-    """Train and evaluate, unless the result is there."""
-    there = folder(out, data, method, seed)
-    if (there / RESULT).exists():
+# ---- The studies: which runs. Seeds come first, so that what is there is always paired.
+def study_k(quick):
+    """Five methods by K = 8 and 960; each method's default command; SimCLR and MSN by more K."""
+    for seed in range(1 if quick else 4):
+        for method, k in itertools.product(tables.METHODS, (8, 960)):
+            yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
+    if quick:
         return
+    for method in tables.METHODS:
+        yield plates_run(tables.k_command(method, None), 0, UNTRAINED)
+    for seed in range(2):
+        for method, k in itertools.product(("simclr", "msn"), tables.SWEEP):
+            yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
+
+
+def plates_run(command, seed, measures):
+    if "msn.py" in command:
+        measures = (*measures, "prototypes")
+    return Run(command, seed, measures)
+
+
+def study_priors(quick):
+    """MSN, and PMSN at two exponents, on long-tailed and on balanced plates."""
+    for data, seeds in (("long-tailed", 1 if quick else 16), ("balanced", 0 if quick else 8)):
+        for seed, command in itertools.product(range(seeds), tables.priors(data).values()):
+            yield plates_run(command, seed, ("digits",))
+
+
+def study_toy(quick):
+    for seed, command in itertools.product(range(3 if quick else 12), tables.toys().values()):
+        yield Run(command, seed, ("toy",))
+
+
+def study_folder():
+    """A folder of pictures: SimCLR by K, MSN against PMSN."""
+    for seed, command in itertools.product(range(3), tables.FOLDER.values()):
+        yield Run(command, seed, ("class",))
+
+
+STUDIES = dict(k=study_k, priors=study_priors, toy=study_toy)
+
+
+# ---- Running them
+def run_folder(out, run):
+    name = run.full_command.removeprefix("python ").replace("tests/", "")
+    return out / "".join(c if c.isalnum() or c in ".-" else "_" for c in name)
+
+
+def perform(run, out, results, threads, pictures):
+    """Train, evaluate, append the line. A run that was stopped continues from its checkpoint.
+    pictures: the folder that stands for EMOJI in the command."""
+    there = run_folder(out, run)
     there.mkdir(parents=True, exist_ok=True)
-    train = [*METHODS[method], *DATA[data], "--seed", str(seed), "--out", str(there)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for command in (train, ["linear_eval.py", str(there / "checkpoint.pt")]):
-        command = [sys.executable, str(ROOT / command[0]), *command[1:]]
-        with (there / "output.txt").open("a") as output:
-            subprocess.run(command, check=True, env=environment, stdout=output, stderr=output)
-
-
-def table(out):
-    """Markdown rows of what is there."""
-    lines = ["| training set | method | seeds | all classes | most frequent 10% | rarest 50% |"]
-    lines.append("|---|---|---|---|---|---|")
-    for data, method in itertools.product(DATA, METHODS):
-        paths = [folder(out, data, method, seed) / RESULT for seed in SEEDS]
-        found = [json.loads(path.read_text())["best"] for path in paths if path.exists()]
-        if found:
-            cells = []
-            for group in ("targets", "frequent", "rare"):
-                digits = np.array([best[group] for best in found])  # (seeds, 3)
-                mean = digits.mean(axis=1)
-                error = mean.std(ddof=1) / len(mean) ** 0.5 if len(mean) > 1 else np.nan
-                each = " ".join(f"{x:.1f}" for x in digits.mean(axis=0))
-                cells.append(f"{mean.mean():.1f} ± {error:.1f} ({each})")
-            lines.append(f"| {data} | {method} | {len(found)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def told(prototype, digit):
-    """Per cent of the entropy of N digits that their images' prototypes tell: mutual information
-    of two arrays (N,) of integers, by the second's entropy."""
-    joint = np.zeros((prototype.max() + 1, digit.max() + 1))
-    np.add.at(joint, (prototype, digit), 1 / len(digit))
-    rows = joint.sum(axis=1)
-    columns = joint.sum(axis=0)
-
-    def entropy(p):
-        return -(p[p > 0] * np.log(p[p > 0])).sum()
-
-    return 100 * (entropy(rows) + entropy(columns) - entropy(joint)) / entropy(columns)
-
-
-class NoEncoder(nn.Module):
-    """images (B, ...) -> (B, D): projector and prototypes learn on the numbers of the images."""
-
-    def forward(self, images, keep=None):
-        return images.flatten(1)
-
-
-@functools.cache
-def toy_plates(drawings, seed):
-    """Plates a 0 b: standardised images (N, 1, 32, 32), a and b (N,) each, N = 100 drawings."""
-    images, labels = sampler.draw_plates(drawings, seed)
-    chosen = labels["digits"][:, 1] == 0
-    digits = labels["digits"][chosen]
-    images = msn.normalise(images[chosen].float() / 255, standardise=True)
-    return images, digits[:, 0], digits[:, 2]
-
-
-def toy_data(seeds, codes):
-    """Plates whose a and b are of VALUES: images, or codes (N, 4), one-hot for a, then for b; which
-    values they have, (N,) each, and N for each of the four numbers."""
-    values = torch.tensor(VALUES)
-    kept = []
-    for seed in seeds:
-        images, a, b = toy_plates(DRAWINGS, seed)
-        chosen = torch.isin(a, values) & torch.isin(b, values)
-        kept.append([images[chosen], a[chosen], b[chosen]])
-    images, a, b = (torch.cat(parts) for parts in zip(*kept))
-    a = (a == VALUES[1]).long()
-    b = (b == VALUES[1]).long()
-    if codes:
-        images = torch.cat([F.one_hot(a), F.one_hot(b)], dim=1).float()
-    cells = torch.stack([(2 * a + b == cell).nonzero()[:, 0] for cell in range(4)])
-    return images, a, b, cells
-
-
-def toy(exponent, seed, hidden, output, lr, noise, codes=False, drawings=True, steps=500):
-    """MSN's projector and two prototypes learn by pmsn.py's own step; exponent: of the prior, 0:
-    MSN's. -> what prototypes tell of a and of b, per cent, on balanced new data; the mean loss of
-    the last tenth of the steps. drawings: whether the two views are of two drawings of a number."""
-    rng = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    images, _, _, cells = toy_data(TRAINING, codes)
-    model = msn.MSN(NoEncoder(), images[0].numel(), hidden, output, num_prototypes=2)
-    target = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW(msn.parameter_groups(model))
-    prior = sampler.power_law_prior(2, exponent)
-    tail = sampler.power_law_prior(2, TAIL)
-    rates = dict(lr=lr, weight_decay=0.01, ema=0.99)
-    args = types.SimpleNamespace(
-        bf16=False, temperature=0.1, sharpen=0.25, prior_weight=1.0, sinkhorn=True, clip=3.0
+    continues = (there / "checkpoint.pt").exists()
+    start = time.time()
+    script, *options = [pictures if word == "EMOJI" else word for word in run.command.split()]
+    target = there / "toy.json" if run.measures == ("toy",) else there
+    call(script, *options, "--seed", run.seed, "--out", target, log=there, threads=threads)
+    trained = time.time()
+    numbers = {}
+    for name in run.measures:
+        command, file = MEASURES[name]
+        if command and not (there / file).exists():
+            call(*command.format(out=there).split(), log=there, threads=threads)
+        numbers |= read_measure(name, json.loads((there / file).read_text()))
+    line = dict(
+        command=run.full_command,
+        seed=run.seed,
+        commit=git("rev-parse", "--short", "HEAD"),
+        seconds=round(trained - start, 1),
+        seconds_evaluating=round(time.time() - trained, 1),
+        continued=continues,
+        threads=threads,
+        cores=os.cpu_count(),
+        torch=torch.__version__,
     )
-    losses = []
-    for _ in range(steps):
-        cell = 2 * torch.randint(2, (128,), generator=rng)  # a is balanced
-        cell += torch.multinomial(tail, 128, replacement=True, generator=rng)  # b is not
-        which = torch.randint(cells.shape[1], (2, 128), generator=rng)
-        views = []
-        for number in which if drawings else which[:1].expand(2, -1):
-            view = images[cells[cell, number]]
-            if not codes:  # light on dark or dark on light
-                view = view * (torch.randint(2, (128, 1, 1, 1), generator=rng) * 2 - 1)
-            views.append(view + noise * torch.randn(view.shape, generator=rng))
-        target_view, anchor_view = views
-        metrics, _ = pmsn.pmsn_step(
-            model, target, optimizer, target_view, [anchor_view], None, prior, rates, args
-        )
-        losses.append(metrics["loss"].detach())
-    images, a, b, _ = toy_data(TEST, codes)
-    with torch.no_grad():
-        z, prototypes = target.eval()([images])
-    prototype = msn.log_assignment(z, prototypes, 0.1).argmax(dim=1).numpy()
-    of_a, of_b = (max(told(prototype, digit.numpy()), 0.0) for digit in (a, b))
-    return of_a, of_b, torch.stack(losses[-steps // 10 :]).mean().item()
+    log = there / "log.jsonl"
+    if log.exists():
+        line["last_log_line"] = json.loads(log.read_text().splitlines()[-1])
+    append(results, line | numbers)
 
 
-def toy_path(out, form, exponent, seed):
-    return Path(f"{folder(out, form, exponent, seed)}.json")
+def call(script, *options, log, threads):
+    """Run a script of the repository; what it prints is added to output.txt."""
+    command = [sys.executable, str(ROOT / script), *map(str, options)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    with (log / "output.txt").open("a") as output:
+        subprocess.run(command, check=True, env=environment, stdout=output, stderr=output)
 
 
-def toy_run(job):
-    """A run of the toy (out, form, exponent, seed), unless its result is there."""
-    out, form, exponent, seed = job
-    path = toy_path(*job)
-    if not path.exists():
-        torch.set_num_threads(1)
-        result = json.dumps(toy(exponent, seed, **FORMS[form]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(f"{path}.partial")
-        partial.write_text(result)
-        os.replace(partial, path)
+def read_measure(name, found):
+    """What a line of results has of a measure's JSON file."""
+    name, _, _ = name.partition(",")
+    if "best" not in found:
+        return {name: found}
+    kept = {name: found["best"]}
+    if found["untrained_heads"]:
+        kept[f"{name} untrained"] = found["untrained_heads"][0]
+    return kept
 
 
-def toy_table(out):
-    """Markdown rows of what is there."""
-    lines = ["| form | prior | seeds | of a | of b | run of the lowest loss: a, b |"]
-    lines.append("|---|---|---|---|---|---|")
-    for form, (prior, exponent) in itertools.product(FORMS, PRIORS.items()):
-        paths = [toy_path(out, form, exponent, seed) for seed in TOY_SEEDS]
-        found = np.array([json.loads(path.read_text()) for path in paths if path.exists()])
-        if len(found) > 1:
-            mean, error = found.mean(axis=0), found.std(axis=0, ddof=1) / len(found) ** 0.5
-            cells = [f"{m:.0f} ± {e:.0f}" for m, e in zip(mean[:2], error[:2])]
-            best = ", ".join(f"{x:.0f}" for x in found[found[:, 2].argmin(), :2])
-            lines.append(f"| {form} | {prior} | {len(found)} | {' | '.join(cells)} | {best} |")
-    return "\n".join(lines)
+APPENDING = threading.Lock()
+
+
+def append(results, line):
+    with APPENDING, results.open("a") as file:
+        print(json.dumps(line), file=file)
+
+
+def git(*arguments):
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def expected_minutes(run, known):
+    """Of the same command with another seed, else of the script."""
+    minutes = [
+        (line["seconds"] + line["seconds_evaluating"]) / 60
+        for line in known
+        if line["command"].startswith(f"python {run.command} --seed") and not line["continued"]
+    ]
+    return sum(minutes) / len(minutes) if minutes else MINUTES[Path(run.command.split()[0]).stem]
+
+
+def perform_all(runs, out, results, jobs, pictures):
+    """Those without a line in the results, `jobs` side by side, one thread each or more; returns
+    how many failed."""
+    known = tables.read_results(results)
+    finished = {line["command"] for line in known}
+    runs = list({run.full_command: run for run in runs}.values())  # studies share some
+    left = [run for run in runs if run.full_command not in finished]
+    minutes = {run: expected_minutes(run, known) for run in left}
+    threads = max(os.cpu_count() // jobs, 1)
+    failed = 0
+    shape = "{desc}: {percentage:.0f}% |{bar}| {elapsed}, left {remaining}"
+    with (
+        tqdm(total=sum(minutes.values()), bar_format=shape) as bar,
+        ThreadPoolExecutor(jobs) as pool,
+    ):
+        pending = {pool.submit(perform, run, out, results, threads, pictures): run for run in left}
+        bar.set_description(f"{len(left)} of {len(runs)} runs")
+        try:
+            for future in as_completed(pending):
+                run = pending[future]
+                error = future.exception()
+                failed += error is not None
+                bar.write(f"{run.full_command}: {error or 'done'}")
+                bar.update(minutes[run])
+        except BaseException:  # Ctrl-C stops the present runs too, which save
+            pool.shutdown(cancel_futures=True)
+            raise
+    return failed
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--table", choices=("priors", "toy"), default="priors")
-    p.add_argument("--out", type=Path, help="folder of all runs (default: runs/TABLE)")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--table", choices=STUDIES, help="one study; default: all")
+    p.add_argument("--quick", action="store_true", help="one seed, three of the toy")
+    p.add_argument("--folder", help="the pictures that docs call EMOJI, in train/ and val/")
+    p.add_argument("--draw", action="store_true", help="tables and figures from what is there")
+    p.add_argument("--out", type=Path, default="runs/study", help="folder of all runs")
+    p.add_argument("--results", type=Path, default=DOCS / "results.jsonl",
+                   help="file of all numbers; if it is another, tables are printed")  # fmt: skip
     p.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs side by side")
     args = p.parse_args(argv)
-    out = args.out or Path("runs") / args.table
-    if args.table == "priors":
-        runs = [(d, m, s) for d, s, m in itertools.product(DATA, SEEDS, METHODS)]
-        with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda x: run(out, *x), runs))
-        print(table(out))
+    if args.folder:
+        runs = study_folder()
     else:
-        runs = list(itertools.product([out], FORMS, PRIORS.values(), TOY_SEEDS))
-        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(toy_run, runs))
-        print(toy_table(out))
+        chosen = [args.table] if args.table else STUDIES
+        runs = itertools.chain(*(STUDIES[name](args.quick) for name in chosen))
+    failed = 0
+    if not args.draw:
+        failed = perform_all(runs, args.out, args.results, args.jobs, args.folder)
+    lines = tables.read_results(args.results)
+    if args.results == DOCS / "results.jsonl":
+        tables.make_all(lines)
+    else:
+        for table in tables.TABLES.values():
+            print(table(tables.Results(lines)), end="\n\n")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,32 +1,65 @@
-"""tests/reproduce.py: what it runs, that it goes on where it was, the table it prints."""
+"""tests/reproduce.py and tables.py: what is run, that it goes on where it was, the numbers."""
 
 import itertools
 import json
+import shlex
 
 import numpy as np
 import pytest
 import reproduce
+import tables
 import torch
-from scipy.stats import entropy
-from sklearn.metrics import mutual_info_score
+import toy
+from PIL import Image
+from scipy import stats
 
+import data2vec
+import mae
 import msn
 import pmsn
+import sampler
+import simclr
+import vicreg
+
+SCRIPTS = {f"{script.__name__}.py": script for script in (simclr, vicreg, msn, pmsn, mae, data2vec)}
+RESULTS = tables.read_results(reproduce.DOCS / "results.jsonl")
 
 
-@pytest.fixture
-def few_drawings(monkeypatch):
-    """Plates are drawn in a second, not in ten. Codes are the same, however many there are."""
-    monkeypatch.setattr(reproduce, "DRAWINGS", 20)
-    monkeypatch.setattr(reproduce, "TRAINING", (2, 3))
-    monkeypatch.setattr(reproduce, "TEST", (2,))
+def all_runs(quick=False):
+    chosen = itertools.chain(*(study(quick) for study in reproduce.STUDIES.values()))
+    runs = [*chosen, *reproduce.study_folder()]
+    return {run.full_command: run for run in runs}
+
+
+def parse(command):
+    """A command of the study -> its options, by its script's own parser."""
+    _, script, *options = shlex.split(command)
+    if script == "tests/toy.py":
+        return toy.parse_args(options)
+    return SCRIPTS[script].parse_args(options)
 
 
 def test_commands_are_those_of_the_scripts():
-    modules = {"msn.py": msn, "pmsn.py": pmsn}
-    for data, options in reproduce.DATA.items():
-        for script, *rest in reproduce.METHODS.values():
-            args = modules[script].parse_args([*options, *rest, "--seed", "2"])
+    runs = all_runs()
+    assert len(runs) == 4 * 5 * 2 + 5 + 2 * 2 * 4 + 3 * (16 + 8) + 12 * 8 + 3 * len(tables.FOLDER)
+    for command, run in runs.items():
+        assert parse(command).seed == run.seed
+    quick = all_runs(quick=True)
+    assert len(quick) < len(runs) / 4 and quick.keys() <= runs.keys()
+
+
+def test_both_k_have_the_same_batches_but_for_k():
+    for method in tables.METHODS:
+        many = vars(parse(f"python {tables.k_command(method, 960)}"))
+        few = vars(parse(f"python {tables.k_command(method, 8)}"))
+        assert {name for name in many if many[name] != few[name]} == {"k_classes"}
+        assert many["batch_size"] >= 960
+
+
+def test_both_kinds_of_plates_get_as_many_steps():
+    for data in tables.DATA:
+        for command in tables.priors(data).values():
+            args = parse(f"python {command}")
             assert args.sinkhorn and args.long_tail == (data == "long-tailed")
             images = 1173 if args.long_tail else 50_000
             epoch = images // args.batch_size
@@ -34,117 +67,177 @@ def test_commands_are_those_of_the_scripts():
             assert 170 <= epoch * args.warmup <= 200
 
 
-def test_finished_runs_are_kept_and_the_table_is_of_what_is_there(tmp_path, monkeypatch, capsys):
-    started = []
+# ---- Running
+class Calls:
+    """Stands for the scripts: leaves the files that they leave. One command can be made to fail."""
 
-    def train_and_evaluate(command, **_):
-        started.append(command)
-        if "linear_eval.py" in command[1]:
-            out = command[2].removesuffix("/checkpoint.pt")
-            seed = float(out[-1])
-            best = dict(
-                targets=[50 + seed, 60, 70], frequent=[90, 90, 90], rare=[10, 10 + seed, 10]
-            )
-            with open(f"{out}/{reproduce.RESULT}", "w") as file:
-                json.dump(dict(best=best), file)
+    def __init__(self):
+        self.commands = []
+        self.fails = "nothing"
 
-    monkeypatch.setattr(reproduce.subprocess, "run", train_and_evaluate)
-    reproduce.main(["--out", str(tmp_path), "--jobs", "1"])
-    assert len(started) == 2 * 2 * 4 * 3
-    printed = capsys.readouterr().out
-    error = np.std([0, 1 / 3, 2 / 3], ddof=1) / 3**0.5
-    row = f"| balanced | PMSN 0.5 | 3 | 60.3 ± {error:.1f} (51.0 60.0 70.0) | 90.0 ± 0.0 "
-    assert row in printed and printed.count("\n") == 2 + 8
-    gone = reproduce.folder(tmp_path, "balanced", "MSN", 1) / reproduce.RESULT
-    gone.unlink()
-    started.clear()
-    reproduce.main(["--out", str(tmp_path), "--jobs", "1"])
-    assert [command[-1] for command in started] == [
-        str(gone.parent),
-        f"{gone.parent}/checkpoint.pt",
+    def __call__(self, script, *options, log, threads):
+        line = " ".join([script, *map(str, options)])
+        self.commands.append(line)
+        if self.fails in line:
+            raise ValueError("it failed")
+        if script == "tests/toy.py":
+            options[-1].write_text(json.dumps(dict(a=1.0, b=2.0, loss=3.0)))
+        elif script == "tests/prototypes.py":
+            found = dict(used=3, shown=[[0] * 10] * 12)
+            (log / "prototypes.json").write_text(json.dumps(found))
+        elif script == "linear_eval.py":
+            target = options[options.index("--target") + 1] if "--target" in options else "digits"
+            if "EMOJI" in str(log):
+                target = "class"
+            head = dict(top1=60.0, targets=[50.0, 60.0, 70.0], frequent=[61.0], rare=[59.0])
+            found = dict(best=head, untrained_heads=None)
+            if "--no-untrained" not in options:
+                found["untrained_heads"] = [head | dict(top1=40.0), head]
+            name = "linear_eval_class" if target == "class" else f"linear_eval_plates_{target}"
+            (log / f"{name}.json").write_text(json.dumps(found))
+        else:
+            (log / "checkpoint.pt").touch()
+            (log / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    monkeypatch.setattr(reproduce, "call", Calls())
+    return reproduce.call
+
+
+def test_finished_runs_are_skipped_and_failed_ones_are_told(tmp_path, calls, capsys):
+    results = tmp_path / "results.jsonl"
+    options = ["--table", "k", "--quick", "--results", str(results), "--out", str(tmp_path)]
+    calls.fails = "mae.py --k-classes 8"
+    assert reproduce.main([*options, "--jobs", "2"]) == 1
+    printed = capsys.readouterr()
+    assert "python mae.py --k-classes 8 --seed 0: it failed" in printed.err + printed.out
+    lines = tables.read_results(results)
+    assert len(lines) == 9 and not any("mae.py --k-classes 8 " in line["command"] for line in lines)
+    calls.commands.clear()
+    calls.fails = "nothing"
+    with results.open("a") as file:
+        file.write('{"command": "python half a li')  # a kill
+    assert reproduce.main([*options, "--jobs", "1"]) == 0
+    out = tmp_path / "mae.py_--k-classes_8_--seed_0"
+    checkpoint = f"linear_eval.py {out}/checkpoint.pt --no-untrained"
+    assert calls.commands == [
+        f"mae.py --k-classes 8 --seed 0 --out {out}",
+        checkpoint,
+        f"{checkpoint} --target count",
+        f"{checkpoint} --target size",
     ]
-    assert capsys.readouterr().out == printed
+    assert len(tables.read_results(results)) == 10
+    assert "| digits | SimCLR | 1 | 60.0 | 60.0 | +0.0 |" in capsys.readouterr().out
 
 
-def test_what_prototypes_tell():
-    rng = np.random.default_rng(0)
-    digit = rng.integers(4, size=1000)
-    noise = rng.integers(4, size=1000)
-    mixed = np.where(rng.random(1000) < 0.3, noise, digit)
-    share = mutual_info_score(mixed, digit) / entropy(np.bincount(digit))
-    np.testing.assert_allclose(reproduce.told(mixed, digit), 100 * share)
-    assert 30 < 100 * share < 60
-    a = np.arange(400) // 100
-    b = np.arange(400) % 4
-    np.testing.assert_allclose(reproduce.told(7 - a, a), 100)
-    np.testing.assert_allclose(reproduce.told(a // 2, a), 50)
-    np.testing.assert_allclose(reproduce.told(a, b), 0, atol=1e-9)
-    np.testing.assert_allclose(reproduce.told(0 * a, a), 0, atol=1e-9)
+def test_a_line_has_all_numbers(tmp_path, calls):
+    results = tmp_path / "results.jsonl"
+    run = reproduce.plates_run("msn.py", 3, reproduce.UNTRAINED)
+    reproduce.perform(run, tmp_path, results, threads=1, pictures=None)
+    run = reproduce.Run("simclr.py --data EMOJI", 0, ("class",))
+    reproduce.perform(run, tmp_path, results, threads=1, pictures="/folder/of/pictures")
+    assert calls.commands[-2].startswith("simclr.py --data /folder/of/pictures --seed 0 --out")
+    line, emoji = tables.read_results(results)
+    assert line["command"] == "python msn.py --seed 3" and line["seed"] == 3
+    assert line["commit"] == reproduce.git("rev-parse", "--short", "HEAD") != ""
+    assert line["threads"] == 1 and line["seconds"] >= 0 and not line["continued"]
+    assert line["last_log_line"] == dict(step=2, loss=0.5)
+    assert line["digits"]["top1"] == 60 and line["digits untrained"]["top1"] == 40
+    assert line["size untrained"]["targets"] == [50, 60, 70]
+    assert line["prototypes"]["used"] == 3
+    assert emoji["command"] == "python simclr.py --data EMOJI --seed 0"
+    assert emoji["class"]["top1"] == 60 and emoji["class untrained"]["top1"] == 40
 
 
-def test_toy_plates():
-    for seed in (2, 3):
-        images, a, b = reproduce.toy_plates(20, seed)
-        assert len(images) == 10 * 10 * 20 and images.shape[1:] == (1, 32, 32)
-        assert (10 * a + b).bincount().tolist() == [20] * 100
-        torch.testing.assert_close(images.mean(dim=(1, 2, 3)), torch.zeros(2000), atol=1e-5, rtol=0)
-    other, _, _ = reproduce.toy_plates(20, 2)
-    assert not torch.equal(images, other)  # each seed has drawings of its own
+def test_a_run_in_earnest(tmp_path, few_plates):
+    """The command really trains and is really evaluated, by the names that tables read."""
+    results = tmp_path / "results.jsonl"
+    small = "--depth 1 --dim 16 --heads 2 --hidden 16 --output 8 --num-prototypes 16 --steps 2"
+    run = reproduce.Run(f"msn.py {small}", 0, ("count", "prototypes"))
+    reproduce.perform(run, tmp_path, results, threads=1, pictures=None)
+    (line,) = tables.read_results(results)
+    assert 0 < tables.top1("count")(line) < 100
+    assert line["prototypes"]["used"] <= 16 and line["last_log_line"]["step"] == 2
+    output = tmp_path / "msn.py_" / "output.txt"
+    assert not output.exists()
+    assert "msn: plates" in (reproduce.run_folder(tmp_path, run) / "output.txt").read_text()
 
 
-def test_toy_draws_by_the_shares_and_in_its_form(few_drawings, monkeypatch):
-    """Views are caught: a is balanced, b follows the power law, a view is of its cell's number, and
-    both are of one drawing or of two."""
-    images, a, b, _ = reproduce.toy_data(reproduce.TRAINING, codes=False)
-    assert (2 * a + b).bincount().tolist() == [40] * 4
-    flat = images.flatten(1)
-    seen = []
-
-    def step(model, target, optimizer, target_view, anchor_views, keep, prior, rates, args):
-        assert args.sinkhorn and prior.shape == (2,) and len(anchor_views) == 1
-        seen.append([target_view.flatten(1), anchor_views[0].flatten(1)])
-        return dict(loss=torch.zeros(())), None
-
-    monkeypatch.setattr(reproduce.pmsn, "pmsn_step", step)
-    for drawings in (True, False):
-        seen.clear()
-        form = reproduce.PLATES | dict(drawings=drawings)
-        reproduce.toy(2.0, 0, **form, steps=10)
-        first, second = (torch.cat(views) for views in zip(*seen))
-        found = [(view @ flat.T).abs().argmax(dim=1) for view in (first, second)]
-        numbers = [2 * a[i] + b[i] for i in found]
-        assert torch.equal(*numbers) and set(numbers[0].tolist()) == {0, 1, 2, 3}
-        assert (a[found[0]].float().mean() - 0.5).abs() < 0.05
-        assert (b[found[0]].float().mean() - 0.2).abs() < 0.05
-        assert (found[0] == found[1]).float().mean() < 0.05 if drawings else torch.equal(*found)
-    seen.clear()
-    reproduce.toy(2.0, 0, **reproduce.CODES, noise=0.0, steps=3)
-    for view, other in seen:
-        assert torch.equal(view, other) and view.unique(dim=0).shape == (4, 4)
-        assert (view[:, :2].sum(dim=1) == 1).all() and (view[:, 2:].sum(dim=1) == 1).all()
+def test_time_left_is_by_earlier_runs_of_the_command():
+    run = reproduce.Run("msn.py --k-classes 8", 1, ())
+    line = dict(command="python msn.py --k-classes 8 --seed 0", seconds=100, continued=False)
+    line["seconds_evaluating"] = 20
+    stopped = line | dict(seconds=10, continued=True)
+    other = line | dict(command="python msn.py --k-classes 80 --seed 0", seconds=900)
+    assert reproduce.expected_minutes(run, [line, stopped, other]) == 2
+    assert reproduce.expected_minutes(run, [other]) == reproduce.MINUTES["msn"]
 
 
-def test_priors_choose_the_digit(few_drawings):
-    """The toy's point, in seconds: on codes the uniform prior keeps a, which the matching one
-    discards, and discards b. After 300 steps every seed from 0 to 5 says so."""
-    form = reproduce.CODES | dict(noise=0.5, steps=300)
-    uniform = [reproduce.toy(0.0, seed, **form) for seed in (0, 1, 2)]
-    matching = [reproduce.toy(reproduce.TAIL, seed, **form) for seed in (0, 1, 2)]
-    assert min(a for a, _, _ in uniform) > 90 and max(b for _, b, _ in uniform) < 10
-    assert max(a for a, _, _ in matching) < 50  # b is found by some seeds only: see the table
+# ---- Statistics
+def test_intervals_and_pairs():
+    numbers = [1.0, 4.0, 2.0, 7.0]
+    low, high = stats.t.interval(0.95, 3, loc=np.mean(numbers), scale=stats.sem(numbers))
+    mean, half = tables.interval(numbers)
+    np.testing.assert_allclose([mean - half, mean + half], [low, high])
+    assert tables.cell(numbers) == f"3.5 ± {half:.1f}"
+    assert tables.cell([3.25], sign=True) == "+3.2" and tables.cell([]) == ""
+    assert tables.paired({0: 1, 1: 5, 3: 2}, {1: 7, 0: 4, 2: 9}) == [3, 2]
 
 
-def test_toy_runs_are_kept_and_its_table_is_of_what_is_there(tmp_path, monkeypatch):
-    monkeypatch.setattr(reproduce, "toy", lambda exponent, seed, **form: (exponent, seed, 5 - seed))
-    forms = list(reproduce.FORMS)
-    threads = torch.get_num_threads()
-    for exponent, seed in itertools.product((0.0, 2.0), (0, 1, 2)):
-        reproduce.toy_run((tmp_path, forms[1], exponent, seed))
-    monkeypatch.setattr(reproduce, "toy", None)  # what is there is not run again
-    reproduce.toy_run((tmp_path, forms[1], 2.0, 1))
-    torch.set_num_threads(threads)
-    rows = reproduce.toy_table(tmp_path).splitlines()
-    assert rows[2:] == [
-        f"| {forms[1]} | uniform | 3 | 0 ± 0 | 1 ± 1 | 0, 2 |",
-        f"| {forms[1]} | matching | 3 | 2 ± 0 | 1 ± 1 | 2, 2 |",
-    ]
+def planted():
+    """Results whose change from K = 960 to 8 is known: SimCLR -10, -12, others 0."""
+    lines = []
+    for method, k, seed in itertools.product(tables.METHODS, (8, 960), (0, 1)):
+        drop = 10 + 2 * seed if method == "simclr" and k == 8 else 0
+        line = dict(command=f"python {method}.py --k-classes {k} --seed {seed}", seed=seed)
+        for target in tables.TARGETS:
+            line[target] = dict(top1=90.0 + 5 * seed - drop)
+        lines.append(line | dict(seconds=3600.0, seconds_evaluating=360.0))
+    return lines
+
+
+def test_the_table_of_planted_numbers():
+    table = tables.k_table(tables.Results(planted()))
+    half = stats.t.ppf(0.975, 1) * 1.0
+    assert f"| digits | SimCLR | 2 | 92.5 ± {half * 2.5:.1f} | 81.5 ± " in table
+    assert f"| -11.0 ± {half:.1f} |" in table
+    assert table.count("| +0.0 ± 0.0 |") == 3 * 4
+    assert len(table.splitlines()) == 2 + 15
+    assert "| all | 20 | 20.0 | 2.0 |" in tables.time_table(tables.Results(planted()))
+
+
+# ---- The pages
+@pytest.mark.parametrize("page", tables.PAGES)
+def test_tables_of_the_pages_are_those_of_the_results(page):
+    text = (reproduce.ROOT / page).read_text()
+    assert tables.fill(text, tables.Results(RESULTS)) == text
+    assert "<!-- k -->" in text
+
+
+def test_a_changed_number_is_noticed():
+    changed = json.loads(json.dumps(RESULTS))
+    for line in changed:
+        if "digits" in line:
+            line["digits"]["top1"] += 1
+    text = (reproduce.DOCS / "results.md").read_text()
+    assert tables.fill(text, tables.Results(changed)) != text
+
+
+@pytest.mark.parametrize("name", tables.FIGURES)
+def test_figures_are_those_of_the_results(name, tmp_path):
+    """Pixel by pixel, but for what another version of matplotlib draws elsewhere."""
+    tables.FIGURES[name](tables.Results(RESULTS)).savefig(tmp_path / name)
+    made = np.asarray(Image.open(tmp_path / name).convert("L"), dtype=float)
+    there = np.asarray(Image.open(reproduce.DOCS / name).convert("L"), dtype=float)
+    assert made.shape == there.shape
+    assert np.abs(made - there).mean() < 0.5
+
+
+def test_the_picture_of_prototypes_has_the_nearest_pictures():
+    images, _ = sampler.open_data("plates", "val")
+    line = next(line for line in RESULTS if line["command"] == "python msn.py --k-classes 8 --seed 0")
+    shown = np.array(line["prototypes"]["shown"])
+    assert shown.shape == (12, 10) and 0 <= shown.min() and shown.max() < len(images)
+    assert torch.is_tensor(images)
