@@ -166,7 +166,9 @@ def evaluate(args, device):
     """Train the heads of a task on the frozen encoder's features, score them, write the report."""
     with all_or_none():
         encoder = load_encoder(args.checkpoint, args.plain_pixels, args.heads)
-        task = open_task(choose_data(args, encoder), args.target, args.task)
+        data = choose_data(args, encoder)
+        with one_process_first(needed=data.startswith("cifar")):  # it may have to download
+            task = open_task(data, args.target, args.task)
         recipe = choose_recipe(task, args)
         parts = divide(task, recipe, args)
         out = report_file(task, args)
@@ -1967,6 +1969,19 @@ def name_process(message):
     if world_size() == 1:
         return message
     return f"process {rank()} on {socket.gethostname()}: {message}"
+
+
+@contextlib.contextmanager
+def one_process_first(needed):
+    """If `needed`, the first process on each machine goes ahead, and the others wait for it."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if needed and not first:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if needed and first:
+            dist.barrier()
 
 
 def world_size():

@@ -1,6 +1,6 @@
 """Make docs/plates.png: plates with their labels and, below each, two views of it.
 
-    python tests/pictures.py
+python tests/pictures.py
 """
 
 import sys

@@ -62,15 +62,13 @@ class Run:
 
 # ---- The studies: which runs. Seeds come first, so that what is there is always paired.
 def study_k(quick):
-    """Five methods by K = 8 and 960; each method's default command; SimCLR and MSN by more K."""
+    """Each method's default command; five methods by K = 8 and 960; SimCLR and MSN by more K."""
+    for method in () if quick else tables.DEFAULTS:
+        yield plates_run(tables.k_command(method, None), 0, UNTRAINED)
     for seed in range(1 if quick else 4):
         for method, k in itertools.product(tables.METHODS, (8, 960)):
             yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
-    if quick:
-        return
-    for method in tables.METHODS:
-        yield plates_run(tables.k_command(method, None), 0, UNTRAINED)
-    for seed in range(2):
+    for seed in range(0 if quick else 2):
         for method, k in itertools.product(("simclr", "msn"), tables.SWEEP):
             yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
 
@@ -165,8 +163,12 @@ APPENDING = threading.Lock()
 
 
 def append(results, line):
-    with APPENDING, results.open("a") as file:
-        print(json.dumps(line), file=file)
+    results.touch()
+    with APPENDING, results.open("r+b") as file:
+        text = file.read()
+        if text and not text.endswith(b"\n"):  # a kill has cut the last line
+            file.write(b"\n")
+        file.write(json.dumps(line).encode() + b"\n")
 
 
 def git(*arguments):
@@ -194,7 +196,7 @@ def perform_all(runs, out, results, jobs, pictures):
     minutes = {run: expected_minutes(run, known) for run in left}
     threads = max(os.cpu_count() // jobs, 1)
     failed = 0
-    shape = "{desc}: {percentage:.0f}% |{bar}| {elapsed}, left {remaining}"
+    shape = "{desc}{percentage:.0f}% |{bar}| {elapsed}, left {remaining}"
     with (
         tqdm(total=sum(minutes.values()), bar_format=shape) as bar,
         ThreadPoolExecutor(jobs) as pool,

@@ -27,14 +27,16 @@ METHODS = {
     "mae": "MAE",
     "data2vec": "data2vec",
 }
+DEFAULTS = (*METHODS, "pmsn")
 TARGETS = ("digits", "count", "size")
 SWEEP = (2, 8, 32, 128, 512, 960)
-# About 780 steps of 128 images on either, the warm-up a quarter of them.
+# 600 steps of 256 images on either, the warm-up a tenth of them.
 DATA = {
-    "long-tailed": "--recipe plates-128 --long-tail 1 --epochs 86 --warmup 20",
-    "balanced": "--recipe plates-128 --epochs 2 --warmup 0.5",
+    "long-tailed": "--recipe plates-tail",
+    "balanced": "--batch-size 256 --epochs 3 --warmup 0.3",
 }
 EXPONENTS = ("0.25", "1")
+SHOWN = ("first digit", "count", "size")  # labels that a prototype's nearest pictures may share
 FORMS = {  # of the toy
     "codes, noise 0.3": "--noise 0.3",
     "codes, noise 0.5": "--noise 0.5",
@@ -42,7 +44,7 @@ FORMS = {  # of the toy
     "plates, views of one drawing": "--plates --noise 0.1 --drawings 1",
 }
 PRIORS = {"uniform": 0, "matching": 2}  # exponents
-FOLDER = ()
+FOLDER = {}
 
 
 def k_command(method, k):
@@ -157,9 +159,20 @@ def k_table(results):
     return markdown(["target", "method", "seeds", "K = 960", "K = 8", "change"], rows)
 
 
+def k_digits_table(results):
+    """README's: digits alone."""
+    rows = []
+    for method, name in METHODS.items():
+        many, few, change = k_numbers(results, method, "digits")
+        if change:
+            row = [name, len(change), cell(many.values()), cell(few.values())]
+            rows.append([*row, cell(change, sign=True)])
+    return markdown(["method", "seeds", "K = 960", "K = 8", "change"], rows)
+
+
 def defaults_table(results):
     rows = []
-    for method in METHODS:
+    for method in DEFAULTS:
         command = k_command(method, None)
         found = results.lines[command]
         for line in found.values():
@@ -188,18 +201,18 @@ def prototypes_table(results):
     columns = {
         "prototypes in use": at("prototypes", "used"),
         "effective number": at("prototypes", "effective"),
-        "same first digit": at("prototypes", "shares", "first digit"),
-        "same count": at("prototypes", "shares", "count"),
-        "same size": at("prototypes", "shares", "size"),
     }
+    for name in SHOWN:
+        columns[f"same {name}"] = at("prototypes", "shares", name)
     rows = []
     for k in (8, 960):
         command = k_command("msn", k)
         found = [results.numbers(command, read).values() for read in columns.values()]
         rows.append([f"K = {k}", len(found[0]), *(cell(numbers, digits=0) for numbers in found)])
-    for line in results.lines[command].values():
-        chance = line["prototypes"]["chance"].values()
-    rows.append(["random pictures", "", "", "", *(f"{x:.0f}" for x in chance)])
+    random = [results.numbers(command, at("prototypes", "chance", name)) for name in SHOWN]
+    rows.append(
+        ["random pictures", "", "", "", *(cell([*x.values()][:1], digits=0) for x in random)]
+    )
     return markdown(["MSN", "seeds", *columns], rows)
 
 
@@ -246,6 +259,16 @@ def toy_table(results):
             rows.append([*row, f"{best['a']:.0f}, {best['b']:.0f}"])
     header = ["form", "prior", "seeds", "of a", "of b", "run of the lowest loss: a, b"]
     return markdown(header, rows)
+
+
+def folder_table(results):
+    rows = []
+    for name, command in FOLDER.items():
+        found = results.numbers(command, top1("class"))
+        untrained = results.numbers(command, top1("class untrained"))
+        if found:
+            rows.append([name, len(found), cell(found.values()), cell(untrained.values())])
+    return markdown(["command", "seeds", "class", "untrained"], rows)
 
 
 def time_table(results):
@@ -346,10 +369,12 @@ def draw_prototypes(results):
 TABLES = {
     "defaults": defaults_table,
     "k": k_table,
+    "k digits": k_digits_table,
     "sweep": sweep_table,
     "prototypes": prototypes_table,
     "priors": priors_table,
     "toy": toy_table,
+    "folder": folder_table,
     "time": time_table,
 }
 FIGURES = {"k.png": draw_k, "sweep.png": draw_sweep, "prototypes.png": draw_prototypes}
