@@ -1409,10 +1409,13 @@ def open_task(data, target=None, task=None):
     digits of plates, or else the data set's first; without a task the data's own."""
     layout = layout_of(data)
     if task in STUDY_TASKS:
-        needed, target = STUDY_TASKS[task]
+        needed, of_task = STUDY_TASKS[task]
         if layout != needed:
             contents = LAYOUTS[needed].contents
             raise Refusal(f"--data {data}: --task {task} needs {contents}: give their folder")
+        if target not in (None, of_task):
+            raise Refusal(f"--target {target}: --task {task} has {of_task}: leave one out")
+        target = of_task
     if data not in IN_MEMORY and not layout:
         check_classes(data)
     splits = []

@@ -1004,6 +1004,8 @@ def test_the_studys_data_sets_are_read_as_published(study):
             assert [Path(path).name for path in split.images] == names
         assert "/images/train/" in task.train.images[0] and "/images/val/" in task.test.images[0]
     assert linear_eval.open_task(data, None).target == "count"
+    with pytest.raises(linear_eval.Refusal, match="--target count: --task clevr-dist has dist"):
+        linear_eval.open_task(data, "count", "clevr-dist")
     kitti = json.loads((GOLDEN / "kitti_labels.json").read_text())
     expected = {Path(row["file"]).stem: row["label"] for row in kitti["expected"]}
     task = linear_eval.open_task(str(study / "KITTI"), None)
