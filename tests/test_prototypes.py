@@ -6,13 +6,13 @@ import numpy as np
 import prototypes
 import pytest
 import torch
+from runs import TINY
 from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
 
 import linear_eval
 import msn
 import sampler
-from runs import TINY
 
 
 def test_what_prototypes_tell():
