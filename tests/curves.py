@@ -44,6 +44,9 @@ def draw(paths, show=None):
     for axis, name in zip(axes[0], show):
         for (title, log), colour in zip(logs.items(), COLOURS):
             axis.plot(log["step"], log[name], color=colour, label=title)
+        values = [value for log in logs.values() for value in log[name]]
+        if min(values) > 0 and max(values) > 1e4 * min(values):
+            axis.set_yscale("log")
         axis.set_title(name)
         axis.set_xlabel("step")
         axis.set_xlim(0, first["step"][-1])
