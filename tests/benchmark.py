@@ -71,7 +71,7 @@ MAE_224 = (
     "--batch-size 16"
 )
 # Of a slice of a run in which N batches are discarded and 2 N measured: some seconds.
-PLATES_BATCHES = dict(simclr=3, vicreg=3, msn=12, pmsn=12, mae=3, data2vec=3)
+PLATES_BATCHES = 3  # of a timed part of a run on plates
 HEAD = "--batch-size 16 --hidden 16 --output 8"
 VIT = "--dim 16 --depth 1 --heads 2 --image-size 32"
 SIAMESE = f"{HEAD} {VIT} --num-prototypes 16 --stem 8 8 8 --patch-size 8 --focal-size 16"
@@ -830,19 +830,17 @@ def script_command(name, options, stack, quick, launcher=()):
     return command, Path(out)
 
 
-def processes(name, options, number, batches, stack, quick):
+def processes(name, number, batches, stack, quick):
     """A side: images/s of so many processes, which share two threads."""
     batches = 1 if quick else batches
-    options = [] if quick else options.split()
     launcher = []
     if number > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
-    args = SCRIPTS[name].parse_args([*arguments(name, "", "plates", stack, quick), *options])
+    args = SCRIPTS[name].parse_args(arguments(name, "", "plates", stack, quick))
 
     def take():
         with contextlib.ExitStack() as own:
-            given = [*options, *length(batches)]
-            command, out = script_command(name, given, own, quick, launcher)
+            command, out = script_command(name, length(batches), own, quick, launcher)
             watch(command, threads=2 // number)
             return {"images/s": speed_after(batches, read_log(out), args.batch_size)}
 
@@ -962,8 +960,8 @@ def against_lightly(ours, lightly, *given):
 
 
 def register_runs():
-    for name, batches in PLATES_BATCHES.items():
-        sides = against_lightly(our_run, lightly_run, name, "", "plates", batches)
+    for name in SCRIPTS:
+        sides = against_lightly(our_run, lightly_run, name, "", "plates", PLATES_BATCHES)
         if name not in LIGHTLY:
             del sides["lightly"]
         ROWS[f"plates-{name}"] = Row("plates", f"{name}.py", sides)
@@ -1022,7 +1020,7 @@ def register_shares():
     }
     names = ["share-vit-s16", "share-resnet50"]
     for name in ("simclr", "vicreg", "msn", "mae", "data2vec"):
-        rate = functools.partial(run_rate, name, PLATES_BATCHES[name])
+        rate = functools.partial(run_rate, name, PLATES_BATCHES)
         rates[f"{name}.py on plates, end to end"] = rate
         names.append(f"share-{name}")
     for row, (text, rate) in zip(names, rates.items()):
@@ -1036,18 +1034,12 @@ def register_programs():
     sides = {"ours": our_listing, "os.scandir": scandir_listing}
     ROWS["listing"] = Row("data", "Listing 200,000 files in 1,000 folders", sides)
 
-    runs = {
-        "simclr": ("simclr", "", 4),
-        "msn": ("msn", "", 25),
-        "msn-1024": ("msn", "--batch-size 1024", 4),
-    }
-    for row, (name, options, batches) in runs.items():
+    for name in ("simclr", "msn"):
         sides = {
-            "two processes": functools.partial(processes, name, options, 2, batches),
-            "one process": functools.partial(processes, name, options, 1, batches),
+            "two processes": functools.partial(processes, name, 2, 4),
+            "one process": functools.partial(processes, name, 1, 4),
         }
-        text = f"{name}.py {options} on plates".replace("  ", " ")
-        ROWS[f"processes-{row}"] = Row("processes", text, sides)
+        ROWS[f"processes-{name}"] = Row("processes", f"{name}.py on plates", sides)
 
     sides = {"ours": first_step, "import torch, torchvision": imports}
     ROWS["start-up"] = Row("start", "From the start to the end of the first step", sides)
@@ -1067,14 +1059,13 @@ def register_ways():
     }
     ROWS["mask"] = Row("ways", "mae.py, ViT-B/16, mask ratio 0.75 and 0", sides)
     for name in ("msn", "mae", "data2vec"):
-        batches = PLATES_BATCHES[name]
         sides = {
-            "the first": functools.partial(our_run, name, "--bf16", "plates", batches),
-            "the second": functools.partial(our_run, name, "--no-bf16", "plates", batches),
+            "the first": functools.partial(our_run, name, "--bf16", "plates", PLATES_BATCHES),
+            "the second": functools.partial(our_run, name, "--no-bf16", "plates", PLATES_BATCHES),
         }
         ROWS[f"bf16-{name}"] = Row("ways", f"{name}.py on plates, --bf16 and --no-bf16", sides)
 
-    run = functools.partial(lightly_run, "simclr", "", "plates", PLATES_BATCHES["simclr"])
+    run = functools.partial(lightly_run, "simclr", "", "plates", PLATES_BATCHES)
     sides = {
         "the first": functools.partial(run, workers=2),
         "the second": functools.partial(run, workers=0),

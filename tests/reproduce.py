@@ -95,13 +95,18 @@ def study_toy(quick):
         yield Run(command, seed, ("toy",))
 
 
+def study_recipe(quick):
+    for command in () if quick else tables.TRIED.values():
+        yield plates_run(command, 10, ("digits",))
+
+
 def study_folder():
     """A folder of pictures: SimCLR by K, MSN against PMSN."""
     for seed, command in itertools.product(range(3), tables.FOLDER.values()):
         yield Run(command, seed, ("class",))
 
 
-STUDIES = dict(k=study_k, priors=study_priors, toy=study_toy)
+STUDIES = dict(k=study_k, priors=study_priors, toy=study_toy, recipe=study_recipe)
 
 
 # ---- Running them

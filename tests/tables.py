@@ -37,6 +37,15 @@ DATA = {
 }
 EXPONENTS = ("0.25", "1")
 SHOWN = ("first digit", "count", "size")  # labels that a prototype's nearest pictures may share
+TRIED = {  # to find MSN's recipe for plates, seed 10
+    "the recipe": "msn.py",
+    "rate 1e-3": "msn.py --lr 1e-3",
+    "rate 6e-3": "msn.py --lr 6e-3",
+    "EMA from 0.98": "msn.py --ema 0.98",
+    "two anchor views, 6 epochs": "msn.py --rand-views 2 --epochs 6 --warmup 0.6",
+    "two anchor views, batches of 128, 7 epochs": "msn.py --rand-views 2 --batch-size 128 "
+    "--epochs 7 --warmup 0.5 --start-lr 2e-4 --lr 1e-3 --ema 0.98",
+}
 FORMS = {  # of the toy
     "codes, noise 0.3": "--noise 0.3",
     "codes, noise 0.5": "--noise 0.5",
@@ -239,6 +248,16 @@ PRIOR_COLUMNS = {
 }
 
 
+def tried_table(results):
+    rows = []
+    for name, command in TRIED.items():
+        line = results.lines[command].get(10)
+        if line:
+            digits = f"{line['digits']['top1']:.1f}"
+            rows.append([name, f"`{line['command']}`", f"{line['seconds'] / 60:.1f}", digits])
+    return markdown(["what", "command", "minutes, one thread", "digits"], rows)
+
+
 def priors_table(results):
     rows = []
     for data in DATA:
@@ -384,6 +403,7 @@ TABLES = {
     "k digits": k_digits_table,
     "sweep": sweep_table,
     "prototypes": prototypes_table,
+    "tried": tried_table,
     "priors": priors_table,
     "toy": toy_table,
     "folder": folder_table,

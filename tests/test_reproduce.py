@@ -41,11 +41,14 @@ def parse(command):
 
 def test_commands_are_those_of_the_scripts():
     runs = all_runs()
-    assert len(runs) == 4 * 5 * 2 + 6 + 2 * 2 * 4 + 3 * (16 + 8) + 12 * 8 + 3 * len(tables.FOLDER)
+    priors = 3 * (16 + 8)
+    tried = len(tables.TRIED)
+    folder = 3 * len(tables.FOLDER)
+    assert len(runs) == 4 * 5 * 2 + 6 + 2 * 2 * 4 + priors + 12 * 8 + tried + folder
     for command, run in runs.items():
         assert parse(command).seed == run.seed
     quick = all_runs(quick=True)
-    assert len(quick) == 4 * 2 + 3 + 8 * 3 + 3 * len(tables.FOLDER) and quick.keys() <= runs.keys()
+    assert len(quick) == 4 * 2 + 3 + 8 * 3 + folder and quick.keys() <= runs.keys()
 
 
 def test_both_k_have_the_same_batches_but_for_k():
