@@ -307,8 +307,8 @@ def vicreg_views(crops, args, device):
 def vicreg_step(model, optimizer, view1, view2, lr, args):
     """One update on two views of the images (B, 3, H, W).
 
-    Returns metrics {name: scalar tensor of this process}. `variance` shows a collapse: it is 1 if
-    all embeddings are the same, 0 if every dimension's deviation is at least 1."""
+    Returns metrics {name: scalar tensor of this process}. `variance` shows a collapse: it is 0.99
+    if all embeddings are the same, 0 if every dimension's deviation is at least 1."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
