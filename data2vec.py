@@ -157,7 +157,8 @@ def check_sizes_of_data2vec(args):
 def data2vec_targets(layer_outputs, top_k=6):
     """Mean of the last top_k blocks' outputs, normalised before and after: a list or stack of
     (B, 1 + N, D), cls first -> (B, N, D), in float32 (or 64). Outputs are those at a block's end,
-    after the second residual sum, before any final norm: section 3.1 of data2vec."""
+    after the second residual sum, before any final norm, as in the official vision code; the paper
+    (section 3.3) takes them before that sum."""
     layers = [x[:, 1:] for x in layer_outputs[-top_k:]]
     layers = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in layers]
     mean = sum(F.layer_norm(x, x.shape[2:]) for x in layers) / len(layers)

@@ -35,8 +35,8 @@ VIT = "--dim 16 --depth 1 --heads 2".split()
 TINY = {
     simclr: ["--arch", "small", *HEAD],
     vicreg: ["--arch", "small", *HEAD],
-    msn: [*VIT, *"--num-prototypes 16 --stem 8 8 8".split(), *HEAD],
-    pmsn: [*VIT, *"--num-prototypes 16 --stem 8 8 8".split(), *HEAD],
+    msn: [*VIT, *"--rand-views 2 --num-prototypes 16 --stem 8 8 8".split(), *HEAD],
+    pmsn: [*VIT, *"--rand-views 2 --num-prototypes 16 --stem 8 8 8".split(), *HEAD],
     mae: [*VIT, *"--decoder-dim 8 --decoder-heads 1 --patch-size 8 --batch-size 32".split()],
     data2vec: "--dim 16 --depth 2 --heads 2 --top-k 1 --patch-size 8 --num-masked 9 --min-block 2 "
     "--batch-size 32".split(),
