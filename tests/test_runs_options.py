@@ -219,8 +219,8 @@ WIDTH |= {script: ("--dim", 24, 16) for script in (mae, data2vec)}
 OTHER = {  # an option, another value, and that of the plates' recipe
     simclr: ("--base-lr", 0.7, 0.6),
     vicreg: ("--base-lr", 0.7, 0.25),
-    msn: ("--lr", 0.5, 0.001),
-    pmsn: ("--lr", 0.5, 0.001),
+    msn: ("--clip", 0.5, 3.0),
+    pmsn: ("--clip", 0.5, 3.0),
     mae: ("--mask-ratio", 0.25, 0.5),
     data2vec: ("--beta", 0.5, 2.0),
 }
@@ -311,7 +311,7 @@ PAPER = {
     | dict(batch_size=2048, epochs=800, warmup=10.0, lr=2e-3, final_lr=1e-5, weight_decay=0.05)
     | dict(ema=[0.999, 0.9998], ema_anneal=0.0, standardise=False),
 }
-PLATES_BATCH = {simclr: 1024, vicreg: 1024, msn: 128, pmsn: 128, mae: 960, data2vec: 960}
+PLATES_BATCH = {simclr: 1024, vicreg: 1024, msn: 1024, pmsn: 1024, mae: 960, data2vec: 960}
 
 
 @each_script
@@ -345,8 +345,7 @@ def test_many_classes_raise_the_recipes_batch_and_never_the_given_one(script):
     assert batch_size("--k-classes 960 --batch-size 64") == 64
     assert batch_size("--k-classes 960 --data pictures") == PAPER[script]["batch_size"]
     if script in SIAMESE:
-        assert batch_size("--k-classes 960") == 1024
-        assert batch_size("--k-classes 129") == 256
+        assert batch_size("--k-classes 257 --recipe plates-tail") == 384
 
 
 @each_script
@@ -357,7 +356,7 @@ def test_options_are_kept_with_the_run(script, tmp_path, capfd):
     script.main(options)
     args = vars(script.parse_args(options))
     assert args["k_classes"] == 960
-    assert args["batch_size"] == (1024 if script in SIAMESE else PLATES_BATCH[script])
+    assert args["batch_size"] == PLATES_BATCH[script]
     name = script.__name__
     assert json.loads((tmp_path / "options.json").read_text()) == {"script": name} | args
     assert f"batches of {args['batch_size']:,}, K = 960 classes each;" in capfd.readouterr().out
