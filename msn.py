@@ -78,8 +78,8 @@ SMALL = dict(
 PLATES = SMALL | dict(
     rand_crop=[0.6, 1.0], flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0,
     solarise=0.5, threshold=0.0, noise=0.2, standardise=True,
-    rand_views=1,
-    batch_size=1024, epochs=10, warmup=1.0, start_lr=5e-4, lr=3e-3, ema=0.95,
+    rand_views=1, output=32,
+    batch_size=1024, epochs=10, warmup=1.0, start_lr=5e-4, lr=2e-3, ema=0.95,
 )  # fmt: skip
 
 # Options have the study's values as defaults (ViT-B/16), or else the official code's; a recipe

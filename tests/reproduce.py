@@ -96,8 +96,9 @@ def study_toy(quick):
 
 
 def study_recipe(quick):
-    for command in () if quick else tables.TRIED.values():
-        yield plates_run(command, 10, ("digits",))
+    for seed, command in itertools.product(tables.TRIED_SEEDS, tables.TRIED.values()):
+        if not quick:
+            yield plates_run(command, seed, ("digits",))
 
 
 def study_folder():
