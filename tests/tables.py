@@ -159,6 +159,8 @@ def cell(numbers, digits=1, sign=False):
 
 
 def markdown(header, rows):
+    if not rows:
+        return "*No runs yet.*"
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -216,7 +218,8 @@ def sweep_table(results):
         for method in ("simclr", "msn"):
             found = results.numbers(k_command(method, k), top1("digits"))
             row.append(" ".join(f"{found[seed]:.1f}" for seed in (0, 1) if seed in found))
-        rows.append(row)
+        if any(row[1:]):
+            rows.append(row)
     return markdown(["K", "SimCLR: digits, seeds 0 and 1", "MSN"], rows)
 
 
@@ -231,11 +234,11 @@ def prototypes_table(results):
     for k in (8, 960):
         command = k_command("msn", k)
         found = [results.numbers(command, read).values() for read in columns.values()]
-        rows.append([f"K = {k}", len(found[0]), *(cell(numbers, digits=0) for numbers in found)])
-    random = [results.numbers(command, at("prototypes", "chance", name)) for name in SHOWN]
-    rows.append(
-        ["random pictures", "", "", "", *(cell([*x.values()][:1], digits=0) for x in random)]
-    )
+        if found[0]:
+            seeds = len(found[0])
+            rows.append([f"K = {k}", seeds, *(cell(numbers, digits=0) for numbers in found)])
+    for chance in [*results.numbers(command, at("prototypes", "chance")).values()][:1]:
+        rows.append(["random pictures", "", "", "", *(f"{chance[name]:.0f}" for name in SHOWN)])
     return markdown(["MSN", "seeds", *columns], rows)
 
 
@@ -268,6 +271,8 @@ def priors_table(results):
             column: results.numbers(commands["MSN"], read) for column, read in PRIOR_COLUMNS.items()
         }
         for name, command in commands.items():
+            if not results.lines[command]:
+                continue
             row = [data, name, len(results.lines[command])]
             change = ["", "less MSN", ""]
             for column, read in PRIOR_COLUMNS.items():
