@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shlex
 
 import numpy as np
@@ -49,6 +50,14 @@ def test_commands_are_those_of_the_scripts():
         assert parse(command).seed == run.seed
     quick = all_runs(quick=True)
     assert len(quick) == 4 * 2 + 3 + 8 * 3 + folder and quick.keys() <= runs.keys()
+
+
+def test_the_page_of_results_shows_commands_of_the_study():
+    page = (reproduce.DOCS / "results.md").read_text()
+    shown = re.findall(r"^python (?!tests/reproduce.py|tests/pictures.py).*$", page, re.M)
+    assert len(shown) >= 15
+    for line in shown:
+        assert re.sub(r" --out \S+$", "", line) in all_runs(), line
 
 
 def test_both_k_have_the_same_batches_but_for_k():
