@@ -339,7 +339,8 @@ def new_figure(columns, width, height):
     from matplotlib import pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(1, columns, figsize=(width, height), dpi=120, layout="constrained")
+    size = dict(figsize=(width, height), dpi=120, layout="constrained")
+    return plt.subplots(1, columns, sharex=True, **size)
 
 
 def draw_k(results):
@@ -387,7 +388,7 @@ def draw_sweep(results):
 def draw_prototypes(results):
     """The pictures nearest to twelve prototypes of MSN, at K = 8 and 960, seed 0."""
     images, _ = sampler.open_data("plates", "val")
-    figure, axes = new_figure(2, 8, 4.9)
+    figure, axes = new_figure(2, 8, 5.1)
     for axis, k in zip(axes, (8, 960)):
         axis.axis("off")
         axis.set_title(f"K = {k}")
