@@ -229,7 +229,8 @@ def test_other_commands(command, small_data, tmp_path, monkeypatch, capsys):
         words = shlex.split(command)
         assert words[0] in ("mkdir", "cp")
         shutil.copytree(ROOT / "tests", tmp_path / "tests", ignore=shutil.ignore_patterns("__*"))
-        Path(words[-1]).parent.mkdir(parents=True)
+        if words[0] == "cp":
+            Path(words[-1]).mkdir(parents=True)
         subprocess.run(words, check=True)
         assert Path(words[-1]).exists()
     elif command.startswith("diff"):
