@@ -65,7 +65,10 @@ COMMANDS = sorted({line for page in PAGES for line in commands_of(page)})
 def program(command):
     """The script or tool of a command line, None: another program."""
     known = [*SCRIPTS, *TOOLS, "linear_eval.py"]
-    return next((word for word in shlex.split(command) if word in known), None)
+    first, *words = shlex.split(command)
+    if first in ("pip", "pytest", "mkdir", "cp"):
+        return None
+    return next((word for word in words if word in known), None)
 
 
 def options_of(command):
