@@ -167,9 +167,13 @@ def markdown(header, rows):
 
 # ---- Tables
 def k_numbers(results, method, target):
-    """{seed: per cent} at K = 960, the same at K = 8, and the changes from one to the other."""
+    """{seed: per cent} at K = 960, the same at K = 8, and the changes from one to the other, of the
+    seeds that both have."""
     many = results.numbers(k_command(method, 960), top1(target))
     few = results.numbers(k_command(method, 8), top1(target))
+    both = many.keys() & few.keys()
+    many = {seed: many[seed] for seed in sorted(both)}
+    few = {seed: few[seed] for seed in sorted(both)}
     return many, few, paired(many, few)
 
 
@@ -332,17 +336,31 @@ def time_table(results):
 
 
 # ---- Figures
+def in_style(draw):
+    """The figure in this style, which no other figure gets."""
+
+    @functools.wraps(draw)
+    def styled(results):
+        import matplotlib
+
+        style = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+        with matplotlib.rc_context(style):
+            return draw(results)
+
+    return styled
+
+
 def new_figure(columns, width, height):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     size = dict(figsize=(width, height), dpi=120, layout="constrained")
     return plt.subplots(1, columns, sharex=True, **size)
 
 
+@in_style
 def draw_k(results):
     """Change from K = 960 to 8, by target and method, with intervals."""
     figure, axes = new_figure(len(TARGETS), 9, 2.6)
@@ -363,6 +381,7 @@ def draw_k(results):
     return figure
 
 
+@in_style
 def draw_sweep(results):
     """Digits against K."""
     figure, axis = new_figure(1, 5, 3)
@@ -385,6 +404,7 @@ def draw_sweep(results):
     return figure
 
 
+@in_style
 def draw_prototypes(results):
     """The pictures nearest to twelve prototypes of MSN, at K = 8 and 960, seed 0."""
     images, _ = sampler.open_data("plates", "val")
