@@ -69,9 +69,10 @@ def study_k(quick):
         return
     for method in tables.DEFAULTS:
         yield plates_run(tables.k_command(method, None), 0, UNTRAINED)
-    for seed in range(4):
+    for seed in range(max(tables.PAIRS.values())):
         for method, k in itertools.product(tables.METHODS, (8, 960)):
-            yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
+            if seed < tables.PAIRS[method]:
+                yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
     for seed in range(2):
         for method, k in itertools.product(("simclr", "msn"), tables.SWEEP):
             yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
