@@ -268,3 +268,13 @@ def test_the_picture_of_prototypes_has_the_nearest_pictures():
     shown = np.array(line["prototypes"]["shown"])
     assert shown.shape == (12, 10) and 0 <= shown.min() and shown.max() < len(images)
     assert torch.is_tensor(images)
+
+
+def test_what_the_page_says_of_msn_is_in_the_results():
+    page = (reproduce.DOCS / "results.md").read_text()
+    results = tables.Results(RESULTS)
+    _, few_digits, change = tables.k_numbers(results, "msn", "digits")
+    assert f"first four pairs gave\n{tables.cell(change[:4], sign=True)}," in page
+    _, few_size, _ = tables.k_numbers(results, "msn", "size")
+    correlation = np.corrcoef(list(few_digits.values()), list(few_size.values()))[0, 1]
+    assert correlation > 0.8  # seeds that learn few digits at K = 8 learn little size
