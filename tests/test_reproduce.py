@@ -278,3 +278,35 @@ def test_what_the_page_says_of_msn_is_in_the_results():
     _, few_size, _ = tables.k_numbers(results, "msn", "size")
     correlation = np.corrcoef(list(few_digits.values()), list(few_size.values()))[0, 1]
     assert correlation > 0.8  # seeds that learn few digits at K = 8 learn little size
+
+
+def test_what_the_pages_say_of_priors_is_in_the_results():
+    results = tables.Results(RESULTS)
+
+    def numbers(data, name, column="digits"):
+        return results.numbers(tables.priors(data)[name], tables.PRIOR_COLUMNS[column])
+
+    gains = {}
+    for exponent in ("0.25", "1"):
+        name = f"PMSN, exponent {exponent}"
+        gains[exponent] = tables.paired(numbers("long-tailed", "MSN"), numbers("long-tailed", name))
+        balanced = tables.paired(numbers("balanced", "MSN"), numbers("balanced", name))
+        mean, half = tables.interval(balanced)
+        assert len(gains[exponent]) == 16 and len(balanced) == 8
+        assert abs(mean) < half  # neither gains nor loses
+    page = (reproduce.DOCS / "results.md").read_text()
+    assert f"\n{tables.cell(gains['1'])} points, and exponent 0.25 " in page
+    assert f"exponent 0.25 {tables.cell(gains['0.25'])}. " in page
+    readme = (reproduce.ROOT / "README.md").read_text()
+    assert f"PMSN (exponent 1) gains {tables.cell(gains['1'])}\npoints on MSN" in readme
+    deviations = [
+        np.std(list(numbers("long-tailed", name).values()), ddof=1)
+        for name in tables.priors("long-tailed")
+    ]
+    assert np.mean(deviations) == pytest.approx(10, abs=0.5)
+    for data in tables.DATA:
+        told = [
+            np.mean(list(numbers(data, name, "information: class").values()))
+            for name in tables.priors(data)
+        ]
+        assert told[0] > told[1] > told[2]  # prototypes tell less of the class
