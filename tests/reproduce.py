@@ -38,7 +38,7 @@ MEASURES = {
     "digits, untrained too": (EVALUATE, "linear_eval_plates_digits.json"),
     "count, untrained too": (f"{EVALUATE} --target count", "linear_eval_plates_count.json"),
     "size, untrained too": (f"{EVALUATE} --target size", "linear_eval_plates_size.json"),
-    "class": (EVALUATE, "linear_eval_class.json"),
+    "class": (f"{EVALUATE} --out {{out}}/class.json", "class.json"),  # whatever folder it is
     "prototypes": ("tests/prototypes.py {out}/checkpoint.pt", "prototypes.json"),
     "toy": (None, "toy.json"),  # the run itself leaves it
 }

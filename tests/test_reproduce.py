@@ -4,6 +4,8 @@ import itertools
 import json
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,14 +102,14 @@ class Calls:
             (log / "prototypes.json").write_text(json.dumps(found))
         elif script == "linear_eval.py":
             target = options[options.index("--target") + 1] if "--target" in options else "digits"
-            if "EMOJI" in str(log):
-                target = "class"
+            file = log / f"linear_eval_plates_{target}.json"
+            if "--out" in options:
+                file = Path(options[options.index("--out") + 1])
             head = dict(top1=60.0, targets=[50.0, 60.0, 70.0], frequent=[61.0], rare=[59.0])
             found = dict(best=head, untrained_heads=None)
             if "--no-untrained" not in options:
                 found["untrained_heads"] = [head | dict(top1=40.0), head]
-            name = "linear_eval_class" if target == "class" else f"linear_eval_plates_{target}"
-            (log / f"{name}.json").write_text(json.dumps(found))
+            file.write_text(json.dumps(found))
         else:
             (log / "checkpoint.pt").touch()
             (log / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
@@ -185,9 +187,21 @@ def test_a_run_in_earnest(tmp_path, few_plates):
     (line,) = tables.read_results(results)
     assert 0 < tables.top1("count")(line) < 100
     assert line["prototypes"]["used"] <= 16 and line["last_log_line"]["step"] == 2
-    output = tmp_path / "msn.py_" / "output.txt"
-    assert not output.exists()
     assert "msn: plates" in (reproduce.run_folder(tmp_path, run) / "output.txt").read_text()
+
+
+def test_a_run_on_a_folder_in_earnest(tmp_path, pictures):
+    results = tmp_path / "results.jsonl"
+    folder = tmp_path / "any name"
+    for split in ("train", "val"):
+        shutil.copytree(pictures / "train", folder / split)
+    small = "--arch small --image-size 32 --hidden 16 --output 8 --batch-size 8 --steps 2"
+    run = reproduce.Run(f"simclr.py --data EMOJI {small}", 0, ("class",))
+    reproduce.perform(run, tmp_path, results, threads=1, pictures=str(folder))
+    (line,) = tables.read_results(results)
+    assert line["command"].startswith("python simclr.py --data EMOJI")
+    assert 0 <= tables.top1("class")(line) <= 100
+    assert 0 <= tables.top1("class untrained")(line) <= 100
 
 
 def test_time_left_is_by_earlier_runs_of_the_command():
