@@ -65,9 +65,9 @@ SIMCLR_FOLDER = "simclr.py --data EMOJI --arch small --image-size 32 --hidden 51
 MSN_FOLDER = "--data EMOJI --recipe cifar10 --focal-views 0 --rand-views 1 --batch-size 512 " + (
     "--epochs 30 --warmup 3 --start-lr 5e-4 --lr 3e-3 --ema 0.95"
 )
-FOLDER = {
-    "SimCLR, K = 4": f"{SIMCLR_FOLDER} --k-classes 4",
+FOLDER = {  # a method, then what is compared with it
     "SimCLR, K = 80": f"{SIMCLR_FOLDER} --k-classes 80",
+    "SimCLR, K = 4": f"{SIMCLR_FOLDER} --k-classes 4",
     "MSN": f"msn.py {MSN_FOLDER}",
     "PMSN, exponent 0.25": f"pmsn.py {MSN_FOLDER} --exponent 0.25",
 }
@@ -308,12 +308,17 @@ def toy_table(results):
 
 def folder_table(results):
     rows = []
-    for name, command in FOLDER.items():
-        found = results.numbers(command, top1("class"))
-        untrained = results.numbers(command, top1("class untrained"))
-        if found:
-            rows.append([name, len(found), cell(found.values()), cell(untrained.values())])
-    return markdown(["method", "seeds", "class", "untrained"], rows)
+    commands = list(FOLDER.items())
+    for pair in zip(commands[::2], commands[1::2]):
+        before = {}
+        for name, command in pair:
+            found = results.numbers(command, top1("class"))
+            untrained = results.numbers(command, top1("class untrained"))
+            if found:
+                row = [name, len(found), cell(found.values()), cell(untrained.values())]
+                rows.append([*row, cell(paired(before, found), sign=True)])
+            before = found
+    return markdown(["method", "seeds", "class", "untrained", "less the row above"], rows)
 
 
 def time_table(results):

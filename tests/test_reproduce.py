@@ -324,3 +324,13 @@ def test_what_the_pages_say_of_priors_is_in_the_results():
             for name in tables.priors(data)
         ]
         assert told[0] > told[1] > told[2]  # prototypes tell less of the class
+
+
+def test_what_the_page_says_of_real_pictures_is_in_the_results():
+    results = tables.Results(RESULTS)
+    found = [results.numbers(command, tables.top1("class")) for command in tables.FOLDER.values()]
+    few_classes = tables.paired(found[0], found[1])
+    assert len(few_classes) == 3 and max(few_classes) < 0
+    for change in (few_classes, tables.paired(found[2], found[3])):
+        mean, half = tables.interval(change)
+        assert abs(mean) < half
