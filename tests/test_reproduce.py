@@ -308,6 +308,7 @@ def test_what_the_pages_say_of_priors_is_in_the_results():
         mean, half = tables.interval(balanced)
         assert len(gains[exponent]) == 16 and len(balanced) == 8
         assert abs(mean) < half  # neither gains nor loses
+        assert gains[exponent][0] < 0 < np.mean(gains[exponent])  # seed 0 alone would mislead
     page = (reproduce.DOCS / "results.md").read_text()
     assert f"\n{tables.cell(gains['1'])} points, and exponent 0.25 " in page
     assert f"exponent 0.25 {tables.cell(gains['0.25'])}. " in page
