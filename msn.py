@@ -768,8 +768,9 @@ class CroppedViews(Dataset):
         views = []
         for V, size, area in self.sizes:
             u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
-            crops = [crop_batch(images, one, area, size, self.flip) for one in u]
-            views.append(torch.stack(crops).expand(-1, -1, 3, -1, -1))
+            crops = torch.stack([crop_batch(images, one, area, size, self.flip) for one in u])
+            crops = crops.expand(-1, -1, 3, -1, -1)
+            views.append(crops.contiguous())  # else memory cannot be pinned for a GPU
         return views
 
     def crop_files(self, step, indices, first):

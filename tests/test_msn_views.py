@@ -289,6 +289,7 @@ def test_views_have_shape_and_type(kind, folder):
     item = views[7, [3, 1, 4, 15]]
     assert [tuple(view.shape) for view in item] == [(3, 4, 3, 24, 24), (2, 4, 3, 16, 16)]
     assert {view.dtype for view in item} == {torch.uint8}
+    assert all(view.is_contiguous() for view in item)  # torch pins no memory that overlaps itself
     first = item[0]
     for v in range(1, 3):  # each view has its own crop
         assert (first[0].int() - first[v].int()).abs().float().mean() > 5
