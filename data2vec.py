@@ -385,7 +385,7 @@ def data2vec_inputs(crops, args, device):
     B = crops.shape[1]
     u = torch.rand(B * world_size(), 8)[own_part(B)]
     images = jitter_colours(
-        crops[0].to(device).float() / 255,
+        crops[0].to(device, non_blocking=True).float() / 255,
         strengths=args.jitter,
         chosen=torch.ones(B, dtype=torch.bool),
         amounts=u[:, :4],
@@ -394,7 +394,7 @@ def data2vec_inputs(crops, args, device):
     paths = None
     if args.drop_path:
         u = torch.rand(args.depth, 2, B * world_size())[..., own_part(B)]
-        paths = drop_paths(u, args.drop_path).to(device)
+        paths = drop_paths(u, args.drop_path).to(device, non_blocking=True)
     return normalise(images, args.standardise), paths
 
 
@@ -410,7 +410,7 @@ def data2vec_step(model, target, optimizer, images, mask, paths, rates, args):
         y = data2vec_targets(target.encoder(images), args.top_k)[mask]  # (M, D)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
         pred = model(images, mask, paths, args.attention_dropout)
-    masked = torch.tensor(float(len(y)), device=images.device)  # patches, by this process
+    masked = torch.full((), float(len(y)), device=images.device)  # patches, by this process
     masked_by_all = masked.clone()
     if dist.is_initialized():
         dist.all_reduce(masked_by_all)
@@ -455,11 +455,10 @@ def train(args, device):
     dataset = MaskedViews(views, args)
     for step, (crops, mask) in run.steps(batch_loader(dataset, sampler, run, args)):
         images, paths = data2vec_inputs(crops, args, device)
+        mask = mask.to(device, non_blocking=True)
         rates = schedule(step, len(sampler), args)
         torch.manual_seed(hash((args.seed, step, 3, rank())))  # dropout is each process's own
-        metrics = data2vec_step(
-            model, target, optimizer, images, mask.to(device), paths, rates, args
-        )
+        metrics = data2vec_step(model, target, optimizer, images, mask, paths, rates, args)
         if step == 0:
             draw_views([images[None]], run.out, normalised=True)
         run.log(metrics, rates)
@@ -850,8 +849,8 @@ def change_some(image, chosen, change, *numbers):
     chosen = chosen.nonzero()[:, 0]
     if len(chosen) == 0:
         return
-    numbers = [x[chosen].to(image.device) for x in numbers]
-    chosen = chosen.to(image.device)
+    numbers = [x[chosen].to(image.device, non_blocking=True) for x in numbers]
+    chosen = chosen.to(image.device, non_blocking=True)
     image[chosen] = change(image.index_select(0, chosen), *numbers)
 
 
@@ -910,7 +909,7 @@ def adjust_hue(image, shift):
     sixth = (r - g + 4 * chroma).lerp(b - r + 2 * chroma, (value == g).float())
     sixth = sixth.lerp(g - b, (value == r).float())  # hue x chroma, in sixths of the circle
     hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
-    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1) / 6
+    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1) / 6
     k = hue + channel  # (B, 3, H, W), in place from here on
     k -= k.floor()  # faster than %
     k.mul_(6).sub_(2).abs_()
@@ -922,7 +921,9 @@ def normalise(image, standardise):
     if standardise:
         deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
         return (image - mean) / (deviation + 1e-3)
-    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    mean, deviation = imagenet.to(image.device, non_blocking=True).view(2, 3, 1, 1)
+    return (image - mean).div_(deviation)
 
 
 # ---- Processes

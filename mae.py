@@ -327,11 +327,12 @@ def mae_inputs(crops, args, device):
 
     crops (1, B, 3, H, W) uint8. Random numbers are drawn for the batch of all processes, of which
     each takes its own part: the result does not depend on the number of processes."""
-    images = normalise(crops[0].to(device).float() / 255, args.standardise)
+    images = crops[0].to(device, non_blocking=True).float() / 255
+    images = normalise(images, args.standardise)
     B = len(images)
     patches = (args.image_size // args.patch_size) ** 2
     noise = torch.rand(B * world_size(), patches)[own_part(B)]
-    return images, noise.to(device)
+    return images, noise.to(device, non_blocking=True)
 
 
 def mae_step(model, optimizer, images, noise, lr, args):
@@ -770,7 +771,9 @@ def normalise(image, standardise):
     if standardise:
         deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
         return (image - mean) / (deviation + 1e-3)
-    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    mean, deviation = imagenet.to(image.device, non_blocking=True).view(2, 3, 1, 1)
+    return (image - mean).div_(deviation)
 
 
 # ---- Processes

@@ -376,13 +376,13 @@ def siamese_views(crops, args, device):
     V, B = crops.shape[:2]
     u = torch.rand(V, B * world_size(), 13)[:, own_part(B)]
     pixels = photometry(
-        crops.flatten(0, 1).to(device), u.flatten(0, 1), args.jitter, args.grey, args.blur,
-        args.blur_sigma, args.solarise, args.threshold,
+        crops.flatten(0, 1).to(device, non_blocking=True), u.flatten(0, 1), args.jitter, args.grey,
+        args.blur, args.blur_sigma, args.solarise, args.threshold,
     )  # fmt: skip
     pixels = normalise(pixels, args.standardise)
     if args.noise:
         noise = torch.randn(V, B * world_size(), 1, *crops.shape[3:])[:, own_part(B)]
-        pixels = pixels + args.noise * noise.flatten(0, 1).to(device)
+        pixels = pixels + args.noise * noise.flatten(0, 1).to(device, non_blocking=True)
     return pixels.unflatten(0, (V, B))
 
 
@@ -464,7 +464,7 @@ def train(args, device):
         full, *focal = [siamese_views(size, args, device) for size in crops]  # (V, B, 3, H, W)
         target_view = full[0]
         anchor_views = [views.flatten(0, 1) for views in (full[1:], *focal)]
-        keep = patches_to_keep(args).to(device)
+        keep = patches_to_keep(args).to(device, non_blocking=True)
         rates = schedule(step, len(sampler), args)
         metrics, targets = msn_step(
             model, target, optimizer, target_view, anchor_views, keep, rates, args
@@ -890,8 +890,8 @@ def change_some(image, chosen, change, *numbers):
     chosen = chosen.nonzero()[:, 0]
     if len(chosen) == 0:
         return
-    numbers = [x[chosen].to(image.device) for x in numbers]
-    chosen = chosen.to(image.device)
+    numbers = [x[chosen].to(image.device, non_blocking=True) for x in numbers]
+    chosen = chosen.to(image.device, non_blocking=True)
     image[chosen] = change(image.index_select(0, chosen), *numbers)
 
 
@@ -950,7 +950,7 @@ def adjust_hue(image, shift):
     sixth = (r - g + 4 * chroma).lerp(b - r + 2 * chroma, (value == g).float())
     sixth = sixth.lerp(g - b, (value == r).float())  # hue x chroma, in sixths of the circle
     hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
-    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1) / 6
+    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1) / 6
     k = hue + channel  # (B, 3, H, W), in place from here on
     k -= k.floor()  # faster than %
     k.mul_(6).sub_(2).abs_()
@@ -980,7 +980,9 @@ def normalise(image, standardise):
     if standardise:
         deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
         return (image - mean) / (deviation + 1e-3)
-    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    mean, deviation = imagenet.to(image.device, non_blocking=True).view(2, 3, 1, 1)
+    return (image - mean).div_(deviation)
 
 
 # ---- Processes

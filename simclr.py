@@ -138,7 +138,7 @@ def nt_xent_loss(z1, z2, temperature=0.1):
     anchor = torch.arange(2 * B, device=z.device)
     itself = N * (anchor // B) + B * rank() + anchor % B  # its column: view, process, image
     with torch.no_grad():  # an anchor is not compared with itself: exp(-inf) is 0
-        logits[anchor, itself] = -math.inf
+        logits.scatter_(dim=1, index=itself[:, None], value=-math.inf)
         highest = logits.amax(dim=1)  # keeps exp from overflowing
 
     # In place: no other tensor is so large.
@@ -275,8 +275,8 @@ def simclr_views(crops, args, device):
     V, B = crops.shape[:2]
     u = torch.rand(V, B * world_size(), 13)[:, own_part(B)]
     return photometry(
-        crops.flatten(0, 1).to(device), u.flatten(0, 1), args.jitter, args.grey, args.blur,
-        args.blur_sigma, args.solarise, args.threshold,
+        crops.flatten(0, 1).to(device, non_blocking=True), u.flatten(0, 1), args.jitter, args.grey,
+        args.blur, args.blur_sigma, args.solarise, args.threshold,
     )  # fmt: skip
 
 
@@ -750,8 +750,8 @@ def change_some(image, chosen, change, *numbers):
     chosen = chosen.nonzero()[:, 0]
     if len(chosen) == 0:
         return
-    numbers = [x[chosen].to(image.device) for x in numbers]
-    chosen = chosen.to(image.device)
+    numbers = [x[chosen].to(image.device, non_blocking=True) for x in numbers]
+    chosen = chosen.to(image.device, non_blocking=True)
     image[chosen] = change(image.index_select(0, chosen), *numbers)
 
 
@@ -810,7 +810,7 @@ def adjust_hue(image, shift):
     sixth = (r - g + 4 * chroma).lerp(b - r + 2 * chroma, (value == g).float())
     sixth = sixth.lerp(g - b, (value == r).float())  # hue x chroma, in sixths of the circle
     hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
-    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1) / 6
+    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1) / 6
     k = hue + channel  # (B, 3, H, W), in place from here on
     k -= k.floor()  # faster than %
     k.mul_(6).sub_(2).abs_()

@@ -295,8 +295,9 @@ def vicreg_views(crops, args, device):
     result does not depend on the number of processes."""
     V, B = crops.shape[:2]
     u = torch.rand(V, B * world_size(), 13)[:, own_part(B)]
+    crops = crops.to(device, non_blocking=True)
     views = []
-    for view, numbers, blur, solarise in zip(crops.to(device), u, args.blur, args.solarise):
+    for view, numbers, blur, solarise in zip(crops, u, args.blur, args.solarise):
         pixels = photometry(
             view, numbers, args.jitter, args.grey, blur, args.blur_sigma, solarise, args.threshold
         )
@@ -769,8 +770,8 @@ def change_some(image, chosen, change, *numbers):
     chosen = chosen.nonzero()[:, 0]
     if len(chosen) == 0:
         return
-    numbers = [x[chosen].to(image.device) for x in numbers]
-    chosen = chosen.to(image.device)
+    numbers = [x[chosen].to(image.device, non_blocking=True) for x in numbers]
+    chosen = chosen.to(image.device, non_blocking=True)
     image[chosen] = change(image.index_select(0, chosen), *numbers)
 
 
@@ -829,7 +830,7 @@ def adjust_hue(image, shift):
     sixth = (r - g + 4 * chroma).lerp(b - r + 2 * chroma, (value == g).float())
     sixth = sixth.lerp(g - b, (value == r).float())  # hue x chroma, in sixths of the circle
     hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
-    channel = image.new_tensor([5, 3, 1]).view(3, 1, 1) / 6
+    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1) / 6
     k = hue + channel  # (B, 3, H, W), in place from here on
     k -= k.floor()  # faster than %
     k.mul_(6).sub_(2).abs_()
@@ -859,7 +860,9 @@ def normalise(image, standardise):
     if standardise:
         deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
         return (image - mean) / (deviation + 1e-3)
-    return TF.normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    mean, deviation = imagenet.to(image.device, non_blocking=True).view(2, 3, 1, 1)
+    return (image - mean).div_(deviation)
 
 
 # ---- Processes

@@ -22,6 +22,16 @@ multiprocessing.set_forkserver_preload(
 drawn_once = functools.cache(sampler.draw_plates)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="let tests see the GPU: for test_gpu.py")
+
+
+def pytest_configure(config):
+    """Tests compare bits, and test_devices.py has a GPU of its own, which a real one disturbs."""
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def plates_are_drawn_once(monkeypatch):
     """open_data("plates", ...) draws in the first test that needs it. A test of the drawing itself
