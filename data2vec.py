@@ -450,7 +450,7 @@ def train(args, device):
     )
     run.restore(sampler, anchor=anchor, target=target, encoder=target.encoder, optimizer=optimizer)
     model = DistributedDataParallel(anchor, gradient_as_bucket_view=True)
-    if device.type == "cuda" and args.bf16:  # the target's float32 products, else half of the time
+    if device.type == "cuda" and args.bf16:  # TensorFloat-32: else the target takes half the time
         torch.set_float32_matmul_precision("high")
 
     views = CroppedViews(images, [(1, args.image_size, args.crop)], args)

@@ -22,8 +22,9 @@ PAGE = (ROOT / "docs/course.md").read_text()
 NAMES = re.findall(r"^\| `([\w.]+)` \|", PAGE, re.M)  # the table of functions to blank
 MISTAKES = {  # of a function: what of its script is replaced, by what, what the check then says
     "simclr.nt_xent_loss": [
-        ("        logits[anchor, itself] = -math.inf\n", "", "leave k = i out"),
-        ("anchor, itself] = ", "anchor, itself] = logits[anchor, itself - N] = ",
+        ("logits.scatter_(dim=1, index=itself[:, None], value=-math.inf)", "pass",
+         "leave k = i out"),
+        ("        highest =", "        logits[anchor, itself - N] = -math.inf\n        highest =",
          "the positive is not in the sum"),
         ("return log_sums.mean() - positives.mean()",
          "return 2 * (log_sums.mean() - positives.mean())",
