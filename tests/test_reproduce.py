@@ -296,6 +296,30 @@ def test_what_the_page_says_of_k_is_in_the_results():
     assert correlation > 0.8  # seeds that learn few digits at K = 8 learn little size
 
 
+def test_what_the_page_says_of_the_sweep_is_in_the_results():
+    results = tables.Results(RESULTS)
+
+    def digits(method, k):
+        found = results.numbers(tables.k_command(method, k), tables.top1("digits"))
+        return np.array([found[seed] for seed in (0, 1)])
+
+    simclr = {k: digits("simclr", k).mean() for k in tables.SWEEP}
+    assert list(simclr.values()) == sorted(simclr.values())
+    assert 0.5 < simclr[2] / simclr[960] < 0.6
+    assert simclr[32] - simclr[2] > 0.75 * (simclr[960] - simclr[2])
+    assert simclr[960] - simclr[32] == pytest.approx(9, abs=0.5)
+    by_k = np.array([digits("msn", k) for k in tables.SWEEP])  # (K, seeds)
+    assert (by_k[0] == by_k.min(axis=0)).all() and (by_k[-1] == by_k.max(axis=0)).all()
+    for k in tables.SWEEP:
+        information = results.numbers(
+            tables.k_command("msn", k), tables.at("last_log_line", "information")
+        )
+        for seed in (0, 1):
+            collapsed = (k, seed) in [(2, 0), (128, 0)]
+            assert (information[seed] < 0.02) == collapsed
+            assert (digits("msn", k)[seed] < 42) == collapsed
+
+
 def test_what_the_pages_say_of_priors_is_in_the_results():
     results = tables.Results(RESULTS)
 
