@@ -771,6 +771,7 @@ def normalise(image, standardise):
     if standardise:
         deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
         return (image - mean) / (deviation + 1e-3)
+    # Not by TF.normalize, which waits for the GPU.
     imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     mean, deviation = imagenet.to(image.device, non_blocking=True).view(2, 3, 1, 1)
     return (image - mean).div_(deviation)

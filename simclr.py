@@ -274,9 +274,10 @@ def simclr_views(crops, args, device):
     result does not depend on the number of processes. Pixels are not normalised, as official."""
     V, B = crops.shape[:2]
     u = torch.rand(V, B * world_size(), 13)[:, own_part(B)]
+    images = crops.flatten(0, 1).to(device, non_blocking=True)
     return photometry(
-        crops.flatten(0, 1).to(device, non_blocking=True), u.flatten(0, 1), args.jitter, args.grey,
-        args.blur, args.blur_sigma, args.solarise, args.threshold,
+        images, u.flatten(0, 1), args.jitter, args.grey, args.blur, args.blur_sigma, args.solarise,
+        args.threshold,
     )  # fmt: skip
 
 
@@ -810,7 +811,7 @@ def adjust_hue(image, shift):
     sixth = (r - g + 4 * chroma).lerp(b - r + 2 * chroma, (value == g).float())
     sixth = sixth.lerp(g - b, (value == r).float())  # hue x chroma, in sixths of the circle
     hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
-    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1) / 6
+    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1) / 6  # 5/6, 3/6, 1/6
     k = hue + channel  # (B, 3, H, W), in place from here on
     k -= k.floor()  # faster than %
     k.mul_(6).sub_(2).abs_()

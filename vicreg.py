@@ -830,7 +830,7 @@ def adjust_hue(image, shift):
     sixth = (r - g + 4 * chroma).lerp(b - r + 2 * chroma, (value == g).float())
     sixth = sixth.lerp(g - b, (value == r).float())  # hue x chroma, in sixths of the circle
     hue = sixth / (6 * chroma.clamp(min=1e-12)) + shift
-    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1) / 6
+    channel = torch.arange(5, 0, -2, device=image.device).view(3, 1, 1) / 6  # 5/6, 3/6, 1/6
     k = hue + channel  # (B, 3, H, W), in place from here on
     k -= k.floor()  # faster than %
     k.mul_(6).sub_(2).abs_()
@@ -860,6 +860,7 @@ def normalise(image, standardise):
     if standardise:
         deviation, mean = torch.std_mean(image, dim=(1, 2, 3), keepdim=True)
         return (image - mean) / (deviation + 1e-3)
+    # Not by TF.normalize, which waits for the GPU.
     imagenet = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     mean, deviation = imagenet.to(image.device, non_blocking=True).view(2, 3, 1, 1)
     return (image - mean).div_(deviation)
