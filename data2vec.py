@@ -450,8 +450,8 @@ def train(args, device):
     )
     run.restore(sampler, anchor=anchor, target=target, encoder=target.encoder, optimizer=optimizer)
     model = DistributedDataParallel(anchor, gradient_as_bucket_view=True)
-    if device.type == "cuda" and args.bf16:  # TensorFloat-32: else the target takes half the time
-        torch.set_float32_matmul_precision("high")
+    if device.type == "cuda":  # high: TensorFloat-32, without which the target takes half the time
+        torch.set_float32_matmul_precision("high" if args.bf16 else "highest")
 
     views = CroppedViews(images, [(1, args.image_size, args.crop)], args)
     dataset = MaskedViews(views, args)

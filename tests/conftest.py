@@ -53,6 +53,13 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def full_precision():
+    """data2vec.py lowers it on a GPU, also on one that is not there."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """A folder of sixty pictures of four classes, in an ImageFolder's layout."""

@@ -297,6 +297,16 @@ def test_no_update_waits_for_the_gpu(script):
     assert gpu.waits == []
 
 
+def test_data2vec_multiplies_in_tensorfloat32_on_gpus_with_bf16_alone():
+    assert torch.get_float32_matmul_precision() == "highest"
+    rehearse(data2vec, CPU, options=["--bf16"])
+    assert torch.get_float32_matmul_precision() == "highest"
+    on_fake_gpu(data2vec, options=["--bf16"])
+    assert torch.get_float32_matmul_precision() == "high"
+    on_fake_gpu(data2vec, options=["--no-bf16"])  # a later run in the same process
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
 # ---- 3. What the harness finds
 
 

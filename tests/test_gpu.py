@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 @pytest.mark.usefixtures("few_plates")
 @each_script
 def test_numbers_are_the_cpus(script):
-    """All that the first update returns, to 1e-4, without TensorFloat-32."""
+    """All that the first update returns, to 1e-4, without TensorFloat-32 (and cuDNN)."""
     options = ["--no-bf16"]
     if script is data2vec:
         options += ["--attention-dropout", "0"]  # each device draws its own
