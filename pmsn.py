@@ -62,7 +62,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import IN_MEMORY, KClassBatchSampler, long_tail, open_data, open_prior
+from sampler import IN_MEMORY, KClassBatchSampler, open_data, power_law_prior
 
 # ---- 1. Recipe
 SMALL = dict(
@@ -79,7 +79,7 @@ PLATES = SMALL | dict(
     rand_crop=[0.6, 1.0], flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0,
     solarise=0.5, threshold=0.0, noise=0.2, standardise=True,
     rand_views=1, output=32,
-    batch_size=1024, epochs=10, warmup=1.0, start_lr=5e-4, lr=2e-3, ema=0.95,
+    batch_size=1024, epochs=3, warmup=0.33, start_lr=5e-4, lr=2e-3, ema=0.95,
 )  # fmt: skip
 
 # Options have the study's values as defaults (ViT-B/16), or else the official code's; a recipe
@@ -90,7 +90,7 @@ RECIPES = {
     "cifar10": SMALL | dict(focal_views=4),
     "cifar100": SMALL | dict(focal_views=4),
     "plates": PLATES,
-    "plates-tail": PLATES | dict(long_tail=1.0, batch_size=256, epochs=150, warmup=15.0),
+    "plates-tail": PLATES | dict(long_tail=1.0, batch_size=256, epochs=1, warmup=0.1),
 }  # fmt: skip
 
 
@@ -102,8 +102,8 @@ def parse_args(argv=None):
     g.add_argument("--temperature", type=positive, default=0.1, help="of the anchors' softmax")
     g.add_argument("--sharpen", type=positive, default=0.25, help="targets: temperature times this")
     g.add_argument("--prior-weight", type=nonnegative, default=1.0, help="of the prior's term")
-    g.add_argument("--prior", default="power-law", help="or uniform, or file:PATH of K weights")
-    g.add_argument("--exponent", type=nonnegative, default=0.25, help="of the power law")
+    g.add_argument("--exponent", type=nonnegative, default=0.25, help="of the power-law prior")
+    g.add_argument("--prior", help="file of K weights to use instead, text")
     g.add_argument("--sinkhorn", action=argparse.BooleanOptionalAction, default=False,
                    help="balance the targets over prototypes")  # fmt: skip
     g.add_argument("--ema", type=fraction, default=0.996, help="of the target at first; rises to 1")
@@ -441,11 +441,18 @@ def pmsn_step(model, target, optimizer, target_view, anchor_views, keep, prior, 
 
 
 def prior_of(args):
-    """The prior over prototypes (K,) float64."""
+    """The prior over prototypes (K,), float64: the power law, or the weights in the file --prior."""
+    if args.prior is None:
+        return power_law_prior(args.num_prototypes, args.exponent)
     try:
-        return open_prior(args.prior, args.exponent, args.num_prototypes)
-    except ValueError as error:
-        raise Refusal(f"--prior {error}") from None
+        weights = [float(weight) for weight in Path(args.prior).read_text().split()]
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--prior {args.prior}: {error}: give a file of numbers") from None
+    weights = torch.tensor(weights, dtype=torch.float64)
+    if len(weights) != args.num_prototypes or not (weights >= 0).all() or weights.sum() == 0:
+        needed = f"{args.num_prototypes} weights >= 0, one for each prototype"
+        raise Refusal(f"--prior {args.prior}: give {needed}")
+    return weights / weights.sum()
 
 
 def train(args, device):
@@ -585,7 +592,7 @@ def option_parser(doc, out, recipes):
                    help="distinct classes in every batch; None: any; raises a recipe's batch "
                         "size that cannot hold them")  # fmt: skip
     g.add_argument("--long-tail", type=nonnegative, default=0.0,
-                   help="keep a share k^-LONG_TAIL of the images of class k")  # fmt: skip
+                   help="exponent of a power law of class sizes; 0: as they are")  # fmt: skip
     g.add_argument("--steps", type=positive_int, help="updates in all; None: all of --epochs")
     g.add_argument("--out", default=out, help="folder of checkpoint, log and pictures")
     g.add_argument("--seed", type=count, default=0, help="of weights, batches and views")
@@ -626,19 +633,15 @@ def option_flag(name, value):
 
 # ---- Data
 def training_set(args):
-    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), cut by --long-tail."""
+    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), with --long-tail."""
     try:
         with one_process_first(needed=args.data.startswith("cifar")):  # it may have to download
-            images, labels = open_data(args.data, "train")
+            images, labels = open_data(args.data, "train", args.long_tail, args.seed)
     except ValueError as error:
         raise Refusal(f"--data {error}") from None
     if not torch.is_tensor(images):
         read_image(images[0])  # what cannot be read is refused now, not within the first epoch
     classes = next(iter(labels.values())).numpy()
-    if args.long_tail:
-        kept = long_tail(classes, args.long_tail, args.seed)
-        images = images[kept] if torch.is_tensor(images) else images.keep(kept)
-        classes = classes[kept]
     return images, classes
 
 
@@ -1341,19 +1344,16 @@ class Run:
         args = self.args
         network = next(iter(self.parts.values()))
         parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        images = f"{len(sampler.labels):,} images of {len(sampler.sizes):,} classes"
-        if self.skipped:
-            images += f" ({self.skipped:,} hidden files or folders skipped)"
-        tail = f" (--long-tail {args.long_tail})" if args.long_tail else ""
-        classes = f"K = {args.k_classes} classes each" if args.k_classes else "any classes"
+        tail = f" (--long-tail {args.long_tail:g})" if args.long_tail else ""
+        skipped = f" ({self.skipped:,} other files left out)" if self.skipped else ""
         steps = f"{self.horizon:,} steps"
         if self.last < self.horizon:
             steps += f", of which --steps {self.last}"
         start = f"continues after step {self.step:,}" if self.step else "new"
         processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
         return (
-            f"{self.script}: {args.data}{tail}, {images}; batches of {args.batch_size:,}, "
-            f"{classes}; {args.epochs} epochs, {steps}; "
+            f"{self.script}: {args.data}{tail}{skipped}, {sampler.describe(self.horizon)}; "
+            f"{args.epochs} epochs, {steps}; "
             f"{parameters:,} parameters; {self.device}, {processes}; {self.out}, {start}"
         )
 

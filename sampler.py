@@ -1,9 +1,9 @@
-"""The data of the study: which images there are, which of them share a mini-batch, and the prior.
+"""Which images share a mini-batch, the prior, and the data of the study.
 
 *The hidden uniform cluster prior in self-supervised learning* (Assran et al., ICLR 2023, arXiv
 2210.07277) keeps the data and changes only the mini-batch: each one holds exactly K classes.
-K = 960 of ImageNet's 1,000 classes is a balanced batch, K = 8 is not. Every image is still seen
-equally often.
+K = 960 of ImageNet's 1,000 classes is a balanced batch, K = 8 is not. At every K the same images
+are seen equally often; only their company in the batch differs.
 
     images, labels = open_data("plates", "train")
     sampler = KClassBatchSampler(labels["number"], batch_size=1024, k_classes=8)
@@ -13,7 +13,9 @@ equally often.
 In shapes: N images, C channels, H and W pixels.
 """
 
+import copy
 import json
+import math
 import os
 from pathlib import Path
 
@@ -21,28 +23,189 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder
 from torchvision.transforms.v2 import functional as TF
 
 IN_MEMORY = ("plates", "cifar10", "cifar100")  # one tensor; all other data sets are files
 
 
-# ---- 1. Which images there are
-def open_data(data, split):
+# ---- 1. Which images share a mini-batch
+class KClassBatchSampler:
+    """Batches of exactly `k_classes` distinct classes; None: plain shuffling of all images.
+
+    labels: N integers. batch_size: images in a global batch. Iterating yields lists of indices:
+    this process's share. ValueError: arguments that cannot be met.
+
+    Batches are one endless sequence, of which epoch e is the piece from batch e * len(self) on. At
+    every batch, over the whole run up to there:
+    * The batch has K classes, and floor or ceil of batch_size / K images of each.
+    * The numbers of images dealt of any two classes differ by at most one such share.
+    * Within a class an image comes again only after all others have come as often.
+    * No image is in a batch twice, unless its class has fewer images than its share.
+    * Shares of the processes partition the batch that a single process sees.
+    * All follows from (seed, number of the batch): processes agree without communicating.
+    Without K every image comes at most once in an epoch; an incomplete last batch is left out."""
+
+    def __init__(self, labels, batch_size, k_classes=None, *, rank=0, world_size=1, seed=0):
+        self.labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
+        if self.labels.ndim != 1 or self.labels.dtype.kind not in "iu":
+            raise ValueError(f"labels {self.labels.dtype} {self.labels.shape}: give N integers")
+        self.sizes = np.unique(self.labels, return_counts=True)[1]  # images of each class
+        N = len(self.labels)
+        if batch_size < 1 or batch_size % world_size or not 0 <= rank < world_size:
+            fit = max(batch_size - batch_size % world_size, world_size)
+            raise ValueError(f"{batch_size} is no multiple of {world_size} processes: use {fit}")
+        if N < batch_size:
+            raise ValueError(f"{N} images are fewer than a batch of {batch_size}: use at most {N}")
+        most = min(len(self.sizes), batch_size)
+        if k_classes is not None and not 1 <= k_classes <= most:
+            have = f"{len(self.sizes)} classes, batches of {batch_size}"
+            raise ValueError(f"{k_classes} classes in every batch ({have}): choose 1 to {most}")
+        self.batch_size = batch_size
+        self.k_classes = k_classes
+        self.seed = seed
+        self.epoch = 0
+        local = batch_size // world_size
+        self.share = slice(rank * local, (rank + 1) * local)
+        self.dealer = None  # where the last iteration began
+
+    def set_epoch(self, epoch):
+        """Choose the epoch whose batches the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self):
+        """Batches of an epoch."""
+        return len(self.labels) // self.batch_size
+
+    def __iter__(self):
+        first = self.epoch * len(self)
+        if self.k_classes is None:
+            deck = np.random.default_rng([self.seed, self.epoch]).permutation(len(self.labels))
+            for start in range(0, len(self) * self.batch_size, self.batch_size):
+                yield deck[start : start + self.batch_size][self.share].tolist()
+            return
+
+        dealer = copy.deepcopy(self.dealer)
+        if dealer is None or dealer.dealt_batches > first:
+            dealer = Dealer(self.labels, self.batch_size, self.k_classes, self.seed)
+        while dealer.dealt_batches < first:  # what this run has not seen has been dealt before
+            dealer.next_batch()
+        self.dealer = copy.deepcopy(dealer)
+        for number in range(first, first + len(self)):
+            rng = np.random.default_rng([self.seed, number])
+            batch = rng.permutation(dealer.next_batch())  # each process gets mixed classes
+            yield batch[self.share].tolist()
+
+    def describe(self, batches):
+        """The classes, and what K means in a run of so many batches, in a line. It warns of classes
+        that are never reached, and of images that must come twice in a batch."""
+        sizes = np.sort(self.sizes)[::-1]
+        text = f"{len(self.labels):,} images of {len(sizes):,} classes"
+        if sizes[0] > sizes[-1]:
+            ranks = np.arange(1, len(sizes) + 1)
+            slope = np.polyfit(np.log(ranks), np.log(sizes), deg=1)[0]  # of a straight line
+            text += f", {sizes[0]:,} to {sizes[-1]:,} each, about as rank^{slope:.2f}"
+        text += f"; batches of {self.batch_size:,}, "
+        if self.k_classes is None:
+            return text + "any classes"
+        share = math.ceil(self.batch_size / self.k_classes)
+        visits = batches * self.k_classes / len(sizes)
+        text += f"K = {self.k_classes}: a class is in {visits:.1f} of {batches:,} batches"
+        if visits < 1:
+            text += " (warning: some are never reached)"
+        if share > sizes[-1]:
+            text += f" (warning: {share} images of a class each: those of small ones come twice)"
+        return text
+
+
+class Dealer:
+    """Every class has a deck of cards, its images, shuffled again when it is used up."""
+
+    def __init__(self, labels, batch_size, k_classes, seed):
+        self.rng = np.random.default_rng([seed, batch_size, k_classes])
+        shuffled = self.rng.permutation(len(labels))
+        self.cards = shuffled[np.argsort(labels[shuffled], kind="stable")]  # deck after deck
+        self.sizes = np.unique(labels, return_counts=True)[1]
+        self.starts = np.cumsum(self.sizes) - self.sizes  # where each deck begins
+        self.spent = np.zeros_like(self.sizes)  # cards dealt of each deck
+        self.dealt = np.zeros_like(self.sizes)  # cards dealt of each class from the beginning
+        least, larger = divmod(batch_size, k_classes)
+        self.shares = least + (np.arange(k_classes) < larger)  # of the classes in a batch
+        self.dealt_batches = 0
+
+    def next_batch(self):
+        """Images of exactly K classes, class after class: indices (batch_size,)."""
+        # Least dealt first keeps max(dealt) - min(dealt) <= one share at every batch, by
+        # induction: whoever is dealt had no more than whoever is not. Ties are random.
+        order = np.argsort(self.dealt + self.rng.random(len(self.dealt)))
+        classes = order[: len(self.shares)]
+        self.dealt[classes] += self.shares
+        self.dealt_batches += 1
+
+        enough = self.spent[classes] + self.shares <= self.sizes[classes]
+        first = self.starts[classes] + self.spent[classes]
+        hands = [self.cards[ranges(first[enough], self.shares[enough])]]
+        self.spent[classes] += self.shares
+        for k, share in zip(classes[~enough], self.shares[~enough]):
+            deck = self.cards[self.starts[k] : self.starts[k] + self.sizes[k]]
+            hand, self.spent[k] = deal_and_shuffle(deck, self.spent[k] - share, share, self.rng)
+            hands.append(hand)
+        return np.concatenate(hands)
+
+
+def ranges(starts, lengths):
+    """The numbers start, start + 1, ... of each range, one range after another."""
+    ends = np.cumsum(lengths)
+    return np.arange(lengths.sum()) + np.repeat(starts - ends + lengths, lengths)
+
+
+def deal_and_shuffle(deck, spent, number, rng):
+    """Deal `number` cards of a deck of which `spent` are dealt and the rest does not suffice.
+
+    Those dealt are shuffled and put behind the rest, so none comes twice too early. Changes the
+    deck, a new round of all cards. Returns the cards, and how many of the new round are dealt."""
+    rest = len(deck) - spent
+    queue = np.concatenate([deck[spent:], rng.permutation(deck[:spent])])
+    cards = np.resize(queue, number)  # once around the queue, or several times
+    spent = (number - rest) % len(deck)
+    deck[:] = np.roll(queue, -rest)  # the new round begins behind the rest
+    deck[spent:] = rng.permutation(deck[spent:])
+    return cards, spent
+
+
+# ---- 2. The prior
+def power_law_prior(num_prototypes, exponent):
+    """The prior of PMSN: (K,) float64 that sum to 1, entry k proportional to k**-exponent.
+
+    k counts from 1; exponent 0 is the uniform prior. ValueError: num_prototypes below 1."""
+    if num_prototypes < 1:
+        raise ValueError(f"num_prototypes is {num_prototypes}: give at least 1")
+    weights = torch.arange(1, num_prototypes + 1, dtype=torch.float64) ** -exponent
+    return weights / weights.sum()
+
+
+# ---- 3. The data
+def open_data(data, split, tail=0.0, seed=0):
     """The images of a data set and their labels. split: "train" or "val".
 
     data: "plates", "cifar10" or "cifar100" (downloaded into ./data), a folder with
-    SPLIT/CLASS/IMAGE, or one with iNaturalist 2018 as published.
+    SPLIT/CLASS/IMAGE, or one with iNaturalist 2018 as published. tail: exponent of a power law of
+    class sizes, see long_tail; 0: as they are. It follows from the seed what is left.
     Returns images, uint8 (N, C, H, W) or Paths of N files, and labels, a dict of integer tensors
     of N rows each, of which the first is the class. ValueError says what the data set lacks."""
     if data == "plates":
-        if split == "train":
-            return draw_plates(per_class=50, seed=0)
-        return draw_plates(per_class=10, seed=1)
+        if split == "val":
+            return draw_plates(per_class=10, seed=1)
+        return draw_plates(long_tailed_sizes(tail, seed) if tail else 150, seed=0)
     if data in ("cifar10", "cifar100"):
-        return open_cifar(data, split)
-    return open_folder(data, split)
+        images, labels = open_cifar(data, split)
+    else:
+        images, labels = open_folder(data, split)
+    if tail:
+        kept = long_tail(labels["class"], tail, seed)
+        images = images[kept] if torch.is_tensor(images) else Paths(images[i] for i in kept)
+        labels = {"class": labels["class"][kept]}
+    return images, labels
 
 
 def open_cifar(data, split):
@@ -56,105 +219,59 @@ def open_cifar(data, split):
     return images, {"class": torch.tensor(source.targets)}
 
 
+def first_line(error):
+    """Kind and text of an error, the latter cut to its first line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class Paths(list):
-    """Paths of images. `skipped`: hidden files and folders beside them, which are left out."""
+    """Paths of images. `skipped`: other files beside them, which are left out."""
 
     skipped = 0
-
-    def keep(self, indices):
-        """Those of the indices."""
-        kept = Paths(self[i] for i in indices)
-        kept.skipped = self.skipped
-        return kept
 
 
 def open_folder(data, split):
     """Paths of the images below SPLIT/CLASS/, or of those that iNaturalist's SPLIT2018.json lists.
 
-    Classes are numbered in the order of their folders' names."""
-    root = Path(data)
-    listing = root / f"{split}2018.json"
+    Classes are numbered in the order of their folders' names. An image is what ends like one."""
+    root = Path(data) / split
+    listing = Path(data) / f"{split}2018.json"
+    readers = Image.registered_extensions()
+    endings = {ending for ending, name in readers.items() if name in Image.OPEN}
+
+    def is_image(path):
+        return Path(path).suffix.lower() in endings and not Path(path).name.startswith(".")
+
     try:
         if listing.is_file():
-            paths, classes = read_listing(root, json.loads(listing.read_text()))
-        else:
-            paths, classes = list_folder(root / split)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        needed = f"{root / split}/CLASS/IMAGE"
-        raise ValueError(f"{data}: needs {needed} ({first_line(error)})") from None
-    return paths, {"class": torch.tensor(classes)}
+            return read_listing(data, json.loads(listing.read_text()))
+        folder = DatasetFolder(root, loader=None, is_valid_file=is_image)
+        paths = Paths(path for path, _ in folder.samples)
+        files = sum(len(names) for *_, names in os.walk(root, followlinks=True))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{data}: needs {root}/CLASS/IMAGE ({first_line(error)})") from None
+    paths.skipped = files - len(paths)
+    return paths, {"class": torch.tensor(folder.targets)}
 
 
-def read_listing(root, listing):
+def read_listing(data, listing):
     """Paths and classes of iNaturalist's images, by the contents of its JSON file."""
     category = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
-    paths = Paths(str(root / item["file_name"]) for item in listing["images"])
-    classes = [category[item["id"]] for item in listing["images"]]
+    classes = [int(category[item["id"]]) for item in listing["images"]]
+    paths = Paths(os.path.join(data, item["file_name"]) for item in listing["images"])
     if not paths:
         raise ValueError("the listing has no images")
-    if not all(isinstance(number, int) for number in classes):
-        raise ValueError("a category_id is not a whole number")
-    return paths, classes
-
-
-def list_folder(root):
-    """Paths of the images below root/CLASS/, and the number of each one's class.
-
-    What file managers and notebooks leave behind is skipped. ValueError names a class folder
-    without images."""
-    paths = Paths()
-    classes = []
-    names = []
-    for entry in os.scandir(root):
-        if is_hidden(entry.name):
-            paths.skipped += 1
-        elif entry.is_dir():
-            names.append(entry.name)
-    if not names:
-        raise ValueError(f"no class folders in {root}")
-    for number, name in enumerate(sorted(names)):
-        before = len(paths)
-        list_images(root / name, paths)
-        if len(paths) == before:
-            raise ValueError(f"no images in {root / name}: fill or remove it")
-        classes += [number] * (len(paths) - before)
-    return paths, classes
-
-
-def list_images(root, paths):
-    """Add the images below root, at any depth, to paths, in the order of torchvision's
-    ImageFolder."""
-    folders = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        folders.append((folder, files))
-        paths.skipped += sum(map(is_hidden, subfolders))
-        subfolders[:] = [name for name in subfolders if not is_hidden(name)]
-    for folder, files in sorted(folders):
-        shown = [name for name in files if not name.startswith(".")]
-        paths.skipped += len(files) - len(shown)
-        images = sorted(name for name in shown if name.lower().endswith(IMG_EXTENSIONS))
-        start = os.path.join(folder, "")
-        paths += [start + name for name in images]
-
-
-def is_hidden(name):
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def first_line(error):
-    """Kind and text of an error, the latter cut to its first line."""
-    text = f"{type(error).__name__}: {error}"
-    return text.splitlines()[0]
+    return paths, {"class": torch.tensor(classes)}
 
 
 def draw_plates(per_class, seed):
     """Plates: grey pictures of the numbers 000 to 999 over 0 to 3 discs.
 
-    A number has a random place, size and angle, light on dark or dark on light.
-    Returns images (N, 1, 32, 32) uint8, N = 1000 * per_class, class after class, and labels:
-    number (N,), the class; digits (N, 3); count (N,), of discs; size (N,), the bin 0 to 2 of the
-    digits' height. They follow from the seed and from Pillow's own font alone."""
-    numbers = torch.arange(1000).repeat_interleave(per_class)
+    A number has a random place, size and angle, light on dark or dark on light. per_class: images
+    of each number, one for all or 1,000 of them. Returns images (N, 1, 32, 32) uint8, class after
+    class, and labels: number (N,), the class; digits (N, 3); count (N,), of discs; size (N,), the
+    bin 0 to 2 of the digits' height. They follow from the seed and Pillow's own font alone."""
+    numbers = torch.arange(1000).repeat_interleave(torch.as_tensor(per_class))
     N = len(numbers)
     rng = torch.Generator().manual_seed(seed)
 
@@ -218,6 +335,19 @@ def draw_glyphs():
     return torch.stack(glyphs)
 
 
+def long_tailed_sizes(exponent, seed):
+    """Images of each plate, (1000,): of the k-th most frequent one in proportion to k**-exponent,
+    at least 10, as many in all as balanced plates have. The seed draws which one is the k-th."""
+    shares = np.arange(1, 1001) ** -float(exponent)
+    scale = 1.0
+    for _ in range(100):  # raising the small ones to 10 takes images from the others
+        sizes = np.maximum(scale * shares, 10)
+        scale *= 150_000 / sizes.sum()
+    sizes = np.round(sizes).astype(int)
+    sizes[0] += 150_000 - sizes.sum()  # some ten, by rounding
+    return sizes[np.random.default_rng(seed).permutation(1000)]
+
+
 def long_tail(labels, exponent, seed):
     """Indices of a long-tailed part of a data set: of class k a share k**-exponent, k from 1.
 
@@ -228,149 +358,4 @@ def long_tail(labels, exponent, seed):
     sizes = np.unique(labels, return_counts=True)[1]
     shares = np.arange(1, len(sizes) + 1) ** -float(exponent)
     kept = np.maximum(np.round(sizes * shares).astype(int), 1)
-    first = np.cumsum(sizes) - sizes
-    return np.sort(order[_ranges(first, kept)])
-
-
-# ---- 2. Which of them share a mini-batch
-class KClassBatchSampler:
-    """Batches of exactly `k_classes` distinct classes; None: plain shuffling of all images.
-
-    labels: N integers. batch_size: images in a global batch. Iterating yields lists of indices:
-    this process's share. Shares partition the batch; joined by rank they are the batch that a
-    single process sees. Batches follow from (seed, epoch) alone, so processes agree on them
-    without communicating.
-
-    A class gets floor or ceil of batch / K images. Classes are dealt least-dealt first, ties
-    shuffled: a deck of cards, refilled when empty, that repeats no class within a batch. The images
-    of a class have a deck of their own. Within an epoch the counts of two classes differ by at most
-    one share, and those of two images of a class by at most one.
-    ValueError: arguments that cannot be met."""
-
-    def __init__(self, labels, batch_size, k_classes=None, *, rank=0, world_size=1, seed=0):
-        labels = np.asarray(labels.cpu() if torch.is_tensor(labels) else labels)
-        if labels.ndim != 1 or labels.dtype.kind not in "iu":
-            raise ValueError(f"labels are not N integers but {labels.dtype} {labels.shape}")
-        classes, labels = np.unique(labels, return_inverse=True)
-        N = len(labels)
-        if batch_size < 1 or batch_size % world_size:
-            fit = max(batch_size - batch_size % world_size, world_size)
-            raise ValueError(
-                f"{batch_size} is no positive multiple of {world_size} processes: use {fit}"
-            )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank {rank} is not in 0..{world_size - 1}")
-        if N < batch_size:
-            raise ValueError(f"{N} images are fewer than a batch of {batch_size}: use at most {N}")
-        most = min(len(classes), batch_size)
-        if k_classes is not None and not 1 <= k_classes <= most:
-            raise ValueError(
-                f"{k_classes} classes in every batch of {batch_size} images, from a data set of "
-                f"{len(classes)} classes: choose 1 to {most}"
-            )
-        self.batch_size = batch_size
-        self.k_classes = k_classes
-        self.seed = seed
-        self.epoch = 0
-        local = batch_size // world_size
-        self.share = slice(rank * local, (rank + 1) * local)
-        self.labels = labels.astype(np.min_scalar_type(len(classes)))  # small: sorted by radix
-        self.sizes = np.bincount(labels)  # (classes,) images of each class
-        self.starts = np.cumsum(self.sizes) - self.sizes  # of each class in the deck
-
-    def set_epoch(self, epoch):
-        """Choose the epoch whose batches the next iteration yields."""
-        self.epoch = epoch
-
-    def __len__(self):
-        """Batches of an epoch. An incomplete last batch is left out."""
-        return len(self.labels) // self.batch_size
-
-    def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
-        deck = rng.permutation(len(self.labels))
-        if self.k_classes is None:
-            whole = deck[: len(self) * self.batch_size]
-            for batch in whole.reshape(len(self), -1):
-                yield batch[self.share].tolist()
-            return
-
-        deck = deck[np.argsort(self.labels[deck], kind="stable")]  # class after class
-        spent = np.zeros_like(self.sizes)  # cards dealt of each class's present deck
-        dealt = np.zeros(len(self.sizes))  # images dealt of each class in this epoch
-        least, larger = divmod(self.batch_size, self.k_classes)
-        counts = least + (np.arange(self.k_classes) < larger)  # images of a batch's classes
-        for _ in range(len(self)):
-            # Least dealt first keeps max(dealt) - min(dealt) <= one share at every batch, by
-            # induction: whoever is dealt had no more than whoever is not. Ties are random.
-            classes = np.argsort(dealt + rng.random(len(dealt)))[: self.k_classes]
-            dealt[classes] += counts
-            short = spent[classes] + counts > self.sizes[classes]
-            refilled = self._refill(deck, spent, classes[short], counts[short], rng)
-            enough = classes[~short]
-            taken = counts[~short]
-            simple = deck[_ranges(self.starts[enough] + spent[enough], taken)]
-            spent[enough] += taken
-            batch = np.concatenate([refilled, simple])
-            yield rng.permutation(batch)[self.share].tolist()  # each process gets mixed classes
-
-    def _refill(self, deck, spent, classes, counts, rng):
-        """Deal `counts` cards of `classes` whose decks do not suffice: what is left of each, then
-        cards of a new shuffle. Changes deck and spent; returns the images' indices."""
-        sizes = self.sizes[classes]
-        left = sizes - spent[classes]
-        place = _ranges(self.starts[classes], sizes)  # where these decks lie, one after another
-        owner = np.repeat(np.arange(len(classes)), sizes)  # the class of each of their cards
-        rank = _ranges(np.zeros_like(sizes), sizes)  # of a card in its deck
-
-        # The rest to the front and the dealt cards, shuffled, behind it: none comes twice.
-        was_dealt = rank < spent[classes][owner]
-        cards = deck[place][np.lexsort((rng.random(len(place)), was_dealt, owner))]
-        wrapped = _ranges(np.zeros_like(counts), counts) % np.repeat(sizes, counts)
-        picks = cards[np.repeat(np.cumsum(sizes) - sizes, counts) + wrapped]
-
-        # Behind the rest, `taken` cards of the new round are dealt; the others wait, shuffled.
-        taken = (counts - left) % sizes
-        waits = (rank - left[owner]) % sizes[owner] >= taken[owner]
-        deck[place] = cards[np.lexsort((rng.random(len(place)), waits, owner))]
-        spent[classes] = taken
-        return picks
-
-
-def _ranges(starts, counts):
-    """The ranges start, start + 1, ... of `counts` numbers each, one after another."""
-    return np.arange(counts.sum()) + np.repeat(starts - np.cumsum(counts) + counts, counts)
-
-
-# ---- 3. The prior
-def power_law_prior(num_prototypes, exponent):
-    """The prior of PMSN: (K,) float64 that sum to 1, entry k proportional to k**-exponent.
-
-    k counts from 1; exponent 0 is the uniform prior. ValueError: num_prototypes below 1."""
-    if num_prototypes < 1:
-        raise ValueError(f"num_prototypes is {num_prototypes}: give at least 1")
-    weights = torch.arange(1, num_prototypes + 1, dtype=torch.float64) ** -exponent
-    return weights / weights.sum()
-
-
-def open_prior(prior, exponent, num_prototypes):
-    """A prior over K prototypes by its name: (K,) float64 that sum to 1.
-
-    prior: "power-law", "uniform", or "file:PATH" of K weights, text or .npy. ValueError: a file
-    that has no K weights, or weights that are negative, not finite or all 0."""
-    if prior == "power-law":
-        return power_law_prior(num_prototypes, exponent)
-    if prior == "uniform":
-        return power_law_prior(num_prototypes, 0.0)
-    path = prior.removeprefix("file:")
-    try:
-        weights = np.load(path) if path.endswith(".npy") else Path(path).read_text().split()
-        weights = torch.from_numpy(np.array(weights, dtype=float)).reshape(num_prototypes)
-        if not (weights >= 0).all() or not 0 < weights.sum() < float("inf"):
-            raise ValueError("negative, not finite or all 0")
-    except Exception as error:  # numpy raises many kinds
-        raise ValueError(
-            f"{prior} ({error}): give power-law, uniform or file:PATH of {num_prototypes} "
-            "weights >= 0"
-        ) from None
-    return weights / weights.sum()
+    return np.sort(order[ranges(np.cumsum(sizes) - sizes, kept)])

@@ -61,7 +61,7 @@ from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import IN_MEMORY, KClassBatchSampler, long_tail, open_data
+from sampler import IN_MEMORY, KClassBatchSampler, open_data
 
 # ---- 1. Recipe
 CIFAR = dict(  # the official code's, with a tenth of its epochs
@@ -80,7 +80,7 @@ RECIPES = {
         arch="small", image_size=32, hidden=512,
         crop=[0.6, 1.0], flip=0.0, grey=0.0, blur=0.0, jitter=[0.8, 0.8, 0.0, 0.0],
         solarise=0.5, threshold=0.0,
-        batch_size=1024, epochs=6, warmup=0.3, base_lr=0.6, trust=0.003,
+        batch_size=1024, epochs=2, warmup=0.1, base_lr=0.6, trust=0.003,
     ),
 }  # fmt: skip
 ARCHITECTURES = dict(resnet50=models.resnet50, resnet18=models.resnet18)
@@ -433,7 +433,7 @@ def option_parser(doc, out, recipes):
                    help="distinct classes in every batch; None: any; raises a recipe's batch "
                         "size that cannot hold them")  # fmt: skip
     g.add_argument("--long-tail", type=nonnegative, default=0.0,
-                   help="keep a share k^-LONG_TAIL of the images of class k")  # fmt: skip
+                   help="exponent of a power law of class sizes; 0: as they are")  # fmt: skip
     g.add_argument("--steps", type=positive_int, help="updates in all; None: all of --epochs")
     g.add_argument("--out", default=out, help="folder of checkpoint, log and pictures")
     g.add_argument("--seed", type=count, default=0, help="of weights, batches and views")
@@ -474,19 +474,15 @@ def option_flag(name, value):
 
 # ---- Data
 def training_set(args):
-    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), cut by --long-tail."""
+    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), with --long-tail."""
     try:
         with one_process_first(needed=args.data.startswith("cifar")):  # it may have to download
-            images, labels = open_data(args.data, "train")
+            images, labels = open_data(args.data, "train", args.long_tail, args.seed)
     except ValueError as error:
         raise Refusal(f"--data {error}") from None
     if not torch.is_tensor(images):
         read_image(images[0])  # what cannot be read is refused now, not within the first epoch
     classes = next(iter(labels.values())).numpy()
-    if args.long_tail:
-        kept = long_tail(classes, args.long_tail, args.seed)
-        images = images[kept] if torch.is_tensor(images) else images.keep(kept)
-        classes = classes[kept]
     return images, classes
 
 
@@ -1178,19 +1174,16 @@ class Run:
         args = self.args
         network = next(iter(self.parts.values()))
         parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        images = f"{len(sampler.labels):,} images of {len(sampler.sizes):,} classes"
-        if self.skipped:
-            images += f" ({self.skipped:,} hidden files or folders skipped)"
-        tail = f" (--long-tail {args.long_tail})" if args.long_tail else ""
-        classes = f"K = {args.k_classes} classes each" if args.k_classes else "any classes"
+        tail = f" (--long-tail {args.long_tail:g})" if args.long_tail else ""
+        skipped = f" ({self.skipped:,} other files left out)" if self.skipped else ""
         steps = f"{self.horizon:,} steps"
         if self.last < self.horizon:
             steps += f", of which --steps {self.last}"
         start = f"continues after step {self.step:,}" if self.step else "new"
         processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
         return (
-            f"{self.script}: {args.data}{tail}, {images}; batches of {args.batch_size:,}, "
-            f"{classes}; {args.epochs} epochs, {steps}; "
+            f"{self.script}: {args.data}{tail}{skipped}, {sampler.describe(self.horizon)}; "
+            f"{args.epochs} epochs, {steps}; "
             f"{parameters:,} parameters; {self.device}, {processes}; {self.out}, {start}"
         )
 
