@@ -25,23 +25,16 @@ import argparse
 import contextlib
 import copy
 import ctypes
-import errno
-import functools
-import gc
-import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
-import re
-import shutil
 import signal
-import socket
 import sys
-import threading
+import tempfile
 import time
-import zipfile
 from pathlib import Path
 
 try:
@@ -55,7 +48,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -103,7 +96,7 @@ def parse_args(argv=None):
 
     g = p.add_argument_group("views")
     g.add_argument("--image-size", type=positive_int, default=224, help="pixels")
-    g.add_argument("--crop", type=fraction, action=FromTo, default=[0.08, 1.0], help="of the area")
+    g.add_argument("--crop", type=fraction, nargs=2, default=[0.08, 1.0], help="of the area")
     g.add_argument("--flip", type=fraction, default=0.5, help="probability")
     g.add_argument("--jitter", type=nonnegative, nargs=4, default=[0.4, 0.4, 0.4, 0.0],
                    help="strength: brightness, contrast, saturation, hue")  # fmt: skip
@@ -212,8 +205,6 @@ class MaskedViews(Dataset):
 
     def __getitem__(self, item):
         crops = self.views[item]
-        if isinstance(crops, str):  # what could not be read
-            return crops
         step, indices = item
         first = self.views.rank * len(indices)  # of the batch of all processes
         masks = []
@@ -376,7 +367,7 @@ def schedule(step, epoch_steps, args):
     return dict(lr=lr, ema=first + annealed * (last - first))
 
 
-# ---- 5. Training
+# ---- 5. Views
 def data2vec_inputs(crops, args, device):
     """Coloured and normalised images (B, 3, H, W), and the factors of stochastic depth, or None.
 
@@ -398,328 +389,12 @@ def data2vec_inputs(crops, args, device):
     return normalise(images, args.standardise), paths
 
 
-def data2vec_step(model, target, optimizer, images, mask, paths, rates, args):
-    """One update in the official order: clip, step, move the target.
-
-    images (B, 3, H, W); mask (B, N); paths: see drop_paths, None: all; rates: see schedule.
-    Returns metrics {name: scalar tensor of this process}."""
-    for group in optimizer.param_groups:
-        group["lr"] = rates["lr"]
-
-    with torch.no_grad():  # of the whole image, without noise, in float32, as official
-        y = data2vec_targets(target.encoder(images), args.top_k)[mask]  # (M, D)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
-        pred = model(images, mask, paths, args.attention_dropout)
-    masked = torch.full((), float(len(y)), device=images.device)  # patches, by this process
-    masked_by_all = masked.clone()
-    if dist.is_initialized():
-        dist.all_reduce(masked_by_all)
-    share = masked * world_size() / masked_by_all  # DDP's mean is then that of all patches
-    loss = data2vec_loss(pred, y, args.beta) * share
-
-    optimizer.zero_grad()
-    loss.backward()
-    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-    optimizer.step()
-    with torch.no_grad():
-        torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - rates["ema"])
-
-    target_std = y.std(dim=0).mean()  # over patches: 0 if all targets are the same
-    return dict(loss=loss, target_std=target_std, gradient_norm=gradient_norm)
-
-
-def train(args, device):
-    """Train data2vec. Run continues, logs, saves and stops; the method is data2vec_step."""
-    with all_or_none():
-        run = Run("data2vec", args, device)
-        images, classes = training_set(args)
-        run.check_data(images, classes)
-        sampler = batch_sampler(classes, args)
-
-    torch.manual_seed(args.seed)  # the same initial weights on every process
-    encoder = BeiT(
-        args.image_size, args.patch_size, args.dim, args.depth, args.heads, args.layer_scale
-    )
-    anchor = Data2Vec(encoder, args.dim).to(device)
-    target = copy.deepcopy(anchor).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(anchor),
-        lr=0.0,  # set at every update
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
-    run.restore(sampler, anchor=anchor, target=target, encoder=target.encoder, optimizer=optimizer)
-    model = DistributedDataParallel(anchor, gradient_as_bucket_view=True)
-    if device.type == "cuda":  # high: TensorFloat-32, without which the target takes half the time
-        torch.set_float32_matmul_precision("high" if args.bf16 else "highest")
-
-    views = CroppedViews(images, [(1, args.image_size, args.crop)], args)
-    dataset = MaskedViews(views, args)
-    for step, (crops, mask) in run.steps(batch_loader(dataset, sampler, run, args)):
-        images, paths = data2vec_inputs(crops, args, device)
-        mask = mask.to(device, non_blocking=True)
-        rates = schedule(step, len(sampler), args)
-        torch.manual_seed(hash((args.seed, step, 3, rank())))  # dropout is each process's own
-        metrics = data2vec_step(model, target, optimizer, images, mask, paths, rates, args)
-        if step == 0:
-            draw_views([images[None]], run.out, normalised=True)
-        run.log(metrics, rates)
-
-
-def main(argv=None):
-    args = parse_args(argv)
-    with process_group() as device:
-        train(args, device)
-
-
-# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
-# ---- Options
-def fail(message, everywhere=False):
-    """Bad input: one line on stderr and exit status 2. Process 0 speaks for all, or `everywhere`
-    each for itself."""
-    if everywhere or os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:
-        line = f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " ")
-        print(line, file=sys.stderr, flush=True)
-    sys.exit(2)
-
-
-class Refusal(ValueError):
-    """Bad input, found by one process or by all: see all_or_none. Its text is what fail prints."""
-
-
-def option_number(kind, text, low, high, expected):
-    """The number in `text`, an option's value. argparse turns the error into one line."""
-    try:
-        number = kind(text)
-    except ValueError:
-        number = math.nan
-    if not low <= number <= high:
-        raise argparse.ArgumentTypeError(f"{text}: give {expected}")
-    return number
-
-
-def positive_int(text):
-    expected = "a whole number of at least 1, at most 2147483647"
-    return option_number(int, text, low=1, high=2**31 - 1, expected=expected)
-
-
-def count(text):
-    return option_number(int, text, low=0, high=2**63, expected="a whole number from 0 to 9.2e+18")
-
-
-def positive(text):
-    expected = "a number above 0 (at least 1e-12)"
-    return option_number(float, text, low=1e-12, high=1e300, expected=expected)
-
-
-def nonnegative(text):
-    return option_number(float, text, low=0, high=1e300, expected="a number of at least 0")
-
-
-def fraction(text):
-    return option_number(float, text, low=0, high=1, expected="a number from 0 to 1")
-
-
-class FromTo(argparse.Action):
-    """Two numbers, the smaller one first."""
-
-    def __init__(self, option_strings, dest, **options):
-        super().__init__(option_strings, dest, nargs=2, **options)
-
-    def __call__(self, parser, args, values, flag=None):
-        start, end = values
-        if start > end:
-            parser.error(f"{flag} {start:g} {end:g}: give the smaller number first")
-        setattr(args, self.dest, values)
-
-
-def refuse_option(message):
-    """argparse's complaint, as a line that begins with the option."""
-    message = re.sub(r"^argument (\S+): ", r"\1 ", message)
-    fail(message if "give" in message or "choose" in message else f"{message}: see --help")
-
-
-def option_parser(doc, out, recipes):
-    """A parser with the options that all scripts share; `doc` is the script's docstring."""
-    p = argparse.ArgumentParser(
-        description=doc.split("\n\n")[0],
-        epilog="Defaults are the paper's, for folders of images. --recipe replaces some of them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    p.error = refuse_option
-    g = p.add_argument_group("run")
-    g.add_argument("--data", default="plates",
-                   help="plates, cifar10, cifar100 or a folder with train/CLASS/IMAGE")  # fmt: skip
-    g.add_argument("--recipe", choices=recipes, help="None: that of --data; folders: paper")
-    g.add_argument("--k-classes", type=positive_int,
-                   help="distinct classes in every batch; None: any; raises a recipe's batch "
-                        "size that cannot hold them")  # fmt: skip
-    g.add_argument("--long-tail", type=nonnegative, default=0.0,
-                   help="exponent of a power law of class sizes; 0: as they are")  # fmt: skip
-    g.add_argument("--steps", type=positive_int, help="updates in all; None: all of --epochs")
-    g.add_argument("--out", default=out, help="folder of checkpoint, log and pictures")
-    g.add_argument("--seed", type=count, default=0, help="of weights, batches and views")
-    g.add_argument("--workers", type=count,
-                   help="loader processes; None: a core each, 0 for data in memory")  # fmt: skip
-    g.add_argument("--log-every", type=positive_int, default=50, help="updates; fewer at first")
-    g.add_argument("--save-minutes", type=positive, default=5.0,
-                   help="between checkpoints; 1 for data in memory")  # fmt: skip
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction,
-                   default=torch.cuda.is_available(), help="autocast to bfloat16")  # fmt: skip
-    return p
-
-
-def parse_with_recipe(parser, argv, recipes):
-    """Parse twice: the recipe's values become the defaults of what the user leaves open."""
-    first, _ = parser.parse_known_args(argv)
-    name = first.recipe or (first.data if first.data in recipes else "paper")
-    parser.set_defaults(recipe=name, **recipes[name])
-    if first.data in IN_MEMORY:  # a run of minutes
-        parser.set_defaults(save_minutes=1.0)
-    batch_size = parser.get_default("batch_size")
-    if (first.k_classes or 0) > batch_size:
-        parser.set_defaults(batch_size=math.ceil(first.k_classes / 128) * 128)
-    return parser.parse_args(argv)
-
-
-def option_flag(name, value):
-    """An option as one types it."""
-    flag = f"--{name.replace('_', '-')}"
-    if value is None:
-        return f"no {flag}"
-    if isinstance(value, bool):
-        return flag if value else flag.replace("--", "--no-")
-    if isinstance(value, list):
-        return " ".join([flag, *map(str, value)])
-    return f"{flag} {value}"
-
-
-# ---- Data
-def training_set(args):
-    """The images, uint8 (N, C, H, W) or N paths, and their classes (N,), with --long-tail."""
-    try:
-        with one_process_first(needed=args.data.startswith("cifar")):  # it may have to download
-            images, labels = open_data(args.data, "train", args.long_tail, args.seed)
-    except ValueError as error:
-        raise Refusal(f"--data {error}") from None
-    if not torch.is_tensor(images):
-        read_image(images[0])  # what cannot be read is refused now, not within the first epoch
-    classes = next(iter(labels.values())).numpy()
-    return images, classes
-
-
-def batch_sampler(classes, args):
-    """Batches of --k-classes classes, or of any."""
-    try:
-        return KClassBatchSampler(
-            classes,
-            args.batch_size,
-            args.k_classes,
-            rank=rank(),
-            world_size=world_size(),
-            seed=args.seed,
-        )
-    except ValueError as error:
-        wanted = f"--batch-size {args.batch_size}"
-        if args.k_classes:
-            wanted += f", --k-classes {args.k_classes}"
-        raise Refusal(f"{wanted}: {error}") from None
-
-
-def batch_loader(dataset, sampler, run, args):
-    """The batches of the run's updates that are left, by loader processes if data are files."""
-
-    def items():
-        start = run.step
-        for epoch in range(start // len(sampler), math.ceil(run.last / len(sampler))):
-            sampler.set_epoch(epoch)
-            first = epoch * len(sampler)
-            batches = enumerate(sampler, first)  # (step, indices)
-            yield from itertools.islice(batches, max(start - first, 0), run.last - first)
-
-    workers = args.workers
-    if workers is None:
-        workers = 0 if torch.is_tensor(dataset.images) else cores_of_process()
-    if workers:
-        gc.collect()  # an earlier run in this process: a forked process cannot end its threads
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=items(),
-        num_workers=workers,
-        collate_fn=share_memory,
-        worker_init_fn=functools.partial(begin_loader, os.getpid()),
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def cores_of_process():
-    """Those that this job may use on this machine, shared out among its processes."""
-    cores = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):  # Linux
-        cores = len(os.sched_getaffinity(0))
-    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
-def share_memory(item):
-    """Put an item's tensors into shared memory, in the loader process, which can say if it is full.
-
-    torch's own way is to do it later, in a thread whose failure nobody sees."""
-    if get_worker_info() is None or isinstance(item, str):
-        return item
-    try:
-        for x in item if isinstance(item, list) else [item]:
-            x.share_memory_()
-        return item
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        return (
-            f"--workers: shared memory, /dev/shm, is full ({reason}): give fewer, or 0, or a "
-            "larger /dev/shm (docker run --shm-size=8g)"
-        )
-
-
-def begin_loader(main, worker):
-    """A loader process goes on at Ctrl-C and at a first SIGTERM, while process `main` finishes its
-    update; it ends with main."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, outlive_sigterm)
-    if hasattr(os, "nice"):
-        os.nice(10)  # where there are few cores, the threads of main go first
-    if os.getppid() != main:  # forkserver: torch would not notice
-        threading.Thread(target=end_with, args=(main,), daemon=True).start()
-
-
-def outlive_sigterm(number, _):
-    """Ignore SIGTERM, also its echo within a second; see Run.stop_soon."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, obey_sigterm)
-    signal.alarm(1)
-
-
-def obey_sigterm(number, _):
-    """From now on SIGTERM ends this process, and five minutes do in any case."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(300)
-
-
-def end_with(main):
-    """End this process soon after another one."""
-    while True:
-        time.sleep(5)
-        try:
-            os.kill(main, 0)  # sends nothing
-        except ProcessLookupError:
-            os._exit(1)
-
-
 class CroppedViews(Dataset):
     """Crops of this process's share of a global batch, flipped at random.
 
-    Item (step, indices): for each (views, size, area) in `sizes` a uint8 (V, B, 3, size, size), in
-    a list; or a message if a file cannot be read. area: fraction of the image, from to. Random
-    numbers follow from seed, step and position in the batch of all processes."""
+    Item (step, indices): for each (V, size, area) in `sizes` a uint8 (V, B, 3, size, size), in a
+    list. area: fraction of the image, from to. Random numbers follow from seed, step and position
+    in the batch of all processes, so they do not depend on the number of processes."""
 
     def __init__(self, images, sizes, args):
         self.images = images
@@ -734,10 +409,7 @@ class CroppedViews(Dataset):
         first = self.rank * len(indices)  # of the batch of all processes
         if torch.is_tensor(self.images):
             return self.crop_tensors(step, indices, first)
-        try:
-            return self.crop_files(step, indices, first)
-        except Refusal as refusal:
-            return str(refusal)
+        return self.crop_files(step, indices, first)
 
     def crop_tensors(self, step, indices, first):
         """All images at once."""
@@ -754,18 +426,17 @@ class CroppedViews(Dataset):
 
     def crop_files(self, step, indices, first):
         """One image after another: they differ in size."""
+        flip = v2.RandomHorizontalFlip(self.flip)
         images = []
         for position, index in enumerate(indices, first):
-            image = read_image(self.images[index])
+            image = read_image(self.images[index])  # (3, H, W)
             torch.default_generator.manual_seed(hash((self.seed, step, 0, position)))
-            images.append([self.crop_image(image, *size) for size in self.sizes])
-        return [torch.stack(views, dim=1) for views in zip(*images)]
-
-    def crop_image(self, image, V, size, area):
-        """V crops of an image (3, H, W) -> (V, 3, size, size)."""
-        crop = v2.RandomResizedCrop(size, area)
-        flip = v2.RandomHorizontalFlip(self.flip)
-        return torch.stack([flip(crop(image)) for _ in range(V)])
+            views = []
+            for V, size, area in self.sizes:
+                crop = v2.RandomResizedCrop(size, area)
+                views.append(torch.stack([flip(crop(image)) for _ in range(V)]))
+            images.append(views)
+        return [torch.stack(crops, dim=1) for crops in zip(*images)]
 
 
 def crop_batch(images, u, area, size, flip):
@@ -794,52 +465,6 @@ def crop_batch(images, u, area, size, flip):
     return crops.round().byte()
 
 
-def read_image(path):
-    """An image file -> (3, H, W) uint8, upright. Raises Refusal for a file that Pillow cannot read,
-    and for 32-bit or floating-point pixels, of which nobody knows what is white.
-
-    Of 16 bits of grey the upper 8 are used, as Pillow does with 16 bits of a colour."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            sixteen_bits = image.mode.startswith("I;16")
-            if image.mode == "I" and image.format in ("PNG", "PPM"):  # these hold 16 bits at most
-                sixteen_bits = True
-            if image.mode in ("I", "F") and not sixteen_bits:
-                raise ValueError(f"mode {image.mode} has no white: convert it to 8 or 16 bits")
-            has_alpha = "transparency" in image.info
-            turn = orientation(image)
-            upright = image if turn is None else image.transpose(turn)
-            if sixteen_bits:
-                grey = torch.from_numpy(np.array(upright, dtype=np.int32) // 256)
-                return grey.byte().expand(3, -1, -1)
-            if has_alpha:
-                upright = upright.convert("RGBA")
-            if upright.mode != "RGB":  # convert would copy it all the same
-                upright = upright.convert("RGB")
-            return TF.pil_to_tensor(upright)
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise Refusal(f"{path}: unreadable image ({error}): fix or remove it") from None
-
-
-def orientation(image):
-    """How to turn an image upright by its EXIF tag; None: not at all, or the tag is broken."""
-    turns = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_90,
-    }
-    try:
-        return turns.get(image.getexif().get(0x0112))
-    except Exception:  # many kinds; the picture itself is fine
-        return None
-
-
-# ---- Colours
 def change_some(image, chosen, change, *numbers):
     """Replace the chosen images of (B, 3, H, W) by change(images, *numbers of these), in place.
 
@@ -925,106 +550,292 @@ def normalise(image, standardise):
     return (image - mean).div_(deviation)
 
 
+# ---- 6. Training
+def data2vec_step(model, target, optimizer, images, mask, paths, rates, args):
+    """One update in the official order: clip, step, move the target.
+
+    images (B, 3, H, W); mask (B, N); paths: see drop_paths, None: all; rates: see schedule.
+    Returns metrics {name: scalar tensor of this process}."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates["lr"]
+
+    with torch.no_grad():  # of the whole image, without noise, in float32, as official
+        y = data2vec_targets(target.encoder(images), args.top_k)[mask]  # (M, D)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
+        pred = model(images, mask, paths, args.attention_dropout)
+    masked = torch.full((), float(len(y)), device=images.device)  # patches, by this process
+    masked_by_all = masked.clone()
+    if dist.is_initialized():
+        dist.all_reduce(masked_by_all)
+    share = masked * world_size() / masked_by_all  # DDP's mean is then that of all patches
+    loss = data2vec_loss(pred, y, args.beta) * share
+
+    optimizer.zero_grad()
+    loss.backward()
+    gradient_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+    optimizer.step()
+    with torch.no_grad():
+        torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - rates["ema"])
+
+    target_std = y.std(dim=0).mean()  # over patches: 0 if all targets are the same
+    return dict(loss=loss, target_std=target_std, gradient_norm=gradient_norm)
+
+
+def train(args, device):
+    """Train data2vec. Run continues, logs, saves and stops; the method is data2vec_step."""
+    images, sampler = training_data(args)
+    torch.manual_seed(args.seed)  # the same initial weights on every process
+    encoder = BeiT(
+        args.image_size, args.patch_size, args.dim, args.depth, args.heads, args.layer_scale
+    )
+    anchor = Data2Vec(encoder, args.dim).to(device)
+    target = copy.deepcopy(anchor).requires_grad_(False)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(anchor),
+        lr=0.0,  # set at every update
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    parts = dict(anchor=anchor, target=target, encoder=target.encoder, optimizer=optimizer)
+    run = Run("data2vec", parts, sampler, args)
+    model = DistributedDataParallel(anchor, gradient_as_bucket_view=True)
+    if device.type == "cuda":  # high: TensorFloat-32, without which the target takes half the time
+        torch.set_float32_matmul_precision("high" if args.bf16 else "highest")
+
+    views = CroppedViews(images, [(1, args.image_size, args.crop)], args)
+    dataset = MaskedViews(views, args)
+    for step, (crops, mask) in run.steps(batch_loader(dataset, sampler, run, args)):
+        images, paths = data2vec_inputs(crops, args, device)
+        mask = mask.to(device, non_blocking=True)
+        rates = schedule(step, len(sampler), args)
+        torch.manual_seed(hash((args.seed, step, 3, rank())))  # dropout is each process's own
+        metrics = data2vec_step(model, target, optimizer, images, mask, paths, rates, args)
+        if step == 0:
+            draw_views([images[None]], run.out, normalised=True)
+        run.log(metrics, rates)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    with process_group() as device:
+        train(args, device)
+
+
+# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
+# ---- Options
+def fail(message):
+    """Wrong input: one line on stderr, exit status 2. The first process of a machine speaks; the
+    others would in three seconds, but torchrun ends them when one has left."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(3)
+    line = f"{Path(sys.argv[0]).name}: error: {message}".replace("\n", " ")
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def number(kind, low, high=math.inf):
+    """A type for argparse: an int or a float from low to high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            raise argparse.ArgumentTypeError(f"{text}: give a number from {low} to {high}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse's own message has it
+    return parse
+
+
+positive_int = number(int, 1)
+two_or_more = number(int, 2)
+count = number(int, 0)
+positive = number(float, 1e-12)
+nonnegative = number(float, 0)
+fraction = number(float, 0, 1)
+
+
+def option_parser(doc, out, recipes):
+    """A parser with the options that all scripts share; `doc` is the script's docstring."""
+    p = argparse.ArgumentParser(
+        description=(doc or "").split("\n\n")[0],  # python -OO has none
+        epilog="Defaults are the paper's, for folders of images. --recipe replaces some of them.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    p.error = fail
+    g = p.add_argument_group("run")
+    g.add_argument("--data", type=os.path.expanduser, default="plates",
+                   help="plates, cifar10, cifar100 or a folder with train/CLASS/IMAGE")  # fmt: skip
+    g.add_argument("--recipe", choices=recipes, help="None: that of --data; folders: paper")
+    g.add_argument("--k-classes", type=positive_int, help="classes in every batch; None: any")
+    g.add_argument("--long-tail", type=nonnegative, default=0.0,
+                   help="exponent of a power law of class sizes; 0: as they are")  # fmt: skip
+    g.add_argument("--steps", type=positive_int, help="updates in all; None: all of --epochs")
+    g.add_argument("--out", type=os.path.expanduser, default=out,
+                   help="folder of checkpoint, log and pictures")  # fmt: skip
+    g.add_argument("--seed", type=count, default=0, help="of weights, batches and views")
+    g.add_argument("--workers", type=count, help="processes that read files; None: a core each")
+    g.add_argument("--log-every", type=positive_int, default=50, help="updates; fewer at first")
+    g.add_argument("--save-minutes", type=positive, default=2.0, help="between checkpoints")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction,
+                   default=torch.cuda.is_available(), help="autocast to bfloat16")  # fmt: skip
+    return p
+
+
+def parse_with_recipe(parser, argv, recipes):
+    """Parse twice: the recipe's values become the defaults of what the user leaves open."""
+    first, _ = parser.parse_known_args(argv)
+    name = first.recipe or (first.data if first.data in recipes else "paper")
+    parser.set_defaults(recipe=name, **recipes[name])
+    return parser.parse_args(argv)
+
+
+# ---- Data
+def training_data(args):
+    """The images, uint8 (N, C, H, W) or N paths, and the sampler of their batches."""
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of this machine: it downloads CIFAR
+    try:
+        if not first:
+            dist.barrier()
+        images, labels = open_data(args.data, "train", args.long_tail, args.seed)
+        if first:
+            dist.barrier()
+        sampler = KClassBatchSampler(
+            next(iter(labels.values())), args.batch_size, args.k_classes, rank=rank(),
+            world_size=world_size(), seed=args.seed,
+        )  # fmt: skip
+    except ValueError as error:
+        options = f"--data {args.data} --batch-size {args.batch_size}"
+        fail(f"{options} --k-classes {args.k_classes}: {error}")
+    if args.data not in IN_MEMORY and images.skipped and rank() == 0:
+        print(f"{args.data}: {images.skipped:,} other files are left out")
+    return images, sampler
+
+
+def batch_loader(dataset, sampler, run, args):
+    """The dataset's items (step, indices) of the updates that are left."""
+    workers = args.workers
+    if workers is None:
+        workers = 0 if args.data in IN_MEMORY else cores_of_process()
+    if workers and len(tempfile.gettempdir()) > 70:
+        fail(f"TMPDIR {tempfile.gettempdir()}: too long for the sockets of --workers: set another")
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=batches(sampler, run.step, run.last),
+        num_workers=workers,
+        collate_fn=share_memory,
+        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def batches(sampler, start, last):
+    """Yield (step, indices) of the updates start to last - 1, epoch after epoch."""
+    for epoch in itertools.count(start // len(sampler)):
+        sampler.set_epoch(epoch)
+        for step, indices in enumerate(sampler, epoch * len(sampler)):
+            if step == last:
+                return
+            if step >= start:
+                yield step, indices
+
+
+def cores_of_process():
+    """Those that this job may use on this machine, shared out among its processes."""
+    cores = os.cpu_count()
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        cores = len(os.sched_getaffinity(0))
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def share_memory(views):
+    """In a loader process: if /dev/shm is full it fails here; later on it would hang."""
+    if get_worker_info():
+        views = [view.share_memory_() for view in views]
+    return views
+
+
+def ignore_signals(worker):
+    """A loader process goes on while its run, which has got the same signal, ends an update."""
+    for number in warning_signals():
+        signal.signal(number, signal.SIG_IGN)
+
+
+Image.MAX_IMAGE_PIXELS = None  # pictures are the user's own: a large one is no attack,
+PngImagePlugin.MAX_TEXT_CHUNK = 2**30  # nor is a long text or colour profile in it
+
+
+class Unreadable(Exception):
+    """An image file that cannot be used. Its text names the file."""
+
+
+def read_image(path):
+    """An image file -> (3, H, W) uint8, upright. Of 16 bits of grey the upper 8 are used.
+
+    Unreadable: what Pillow cannot read, and 32 bits or floats: nobody knows what is white."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            sixteen_bits = image.mode.startswith("I;16")
+            if image.mode == "I" and image.format in ("PNG", "PPM"):  # these hold 16 bits at most
+                sixteen_bits = True
+            if image.mode in ("I", "F") and not sixteen_bits:
+                raise ValueError(f"mode {image.mode} has no white: convert it to 8 or 16 bits")
+            image = upright(image)
+            if sixteen_bits:
+                grey = torch.from_numpy(np.array(image, dtype=np.int32) // 256)
+                return grey.byte().expand(3, -1, -1)
+            return TF.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise Unreadable(f"{path}: unreadable image ({error}): fix or remove it") from None
+
+
+def upright(image):
+    """Turn an image by its EXIF tag, unless that is broken."""
+    try:
+        image.getexif()  # is remembered
+        image.info.pop("exif", None)  # exif_transpose would write it anew, which can fail
+        return ImageOps.exif_transpose(image)
+    except Exception:  # many kinds; the picture itself is fine
+        return image
+
+
 # ---- Processes
 @contextlib.contextmanager
 def process_group():
     """Join torchrun's processes, or be a group of one; leave it at the end, whatever happens.
 
     Yields this process's device. One process is a world of size one: there is no other path."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a console without some letter of a path shows its code
-            stream.reconfigure(errors="backslashreplace")
-    reuse_memory()
+    if sys.platform == "linux":  # glibc shall keep freed memory: giving it back took half the time
+        ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    if alone and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        fail("srun starts this script several times: let each srun task start torchrun instead")
     cuda = torch.cuda.is_available()
     device = torch.device("cpu")
     if cuda:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
-    except ValueError as error:  # some of torchrun's variables are missing
-        reason = str(error).splitlines()[0]
-        fail(f"RANK is set, but: {reason}: start with torchrun, or unset RANK", everywhere=True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **alone)
     try:
         yield device
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        fail("the disk is full: free some space; the last checkpoint is whole", everywhere=True)
-    except RuntimeError as error:
-        reason = str(error)
-        if "allocate" in reason:
-            reason = reason.splitlines()[0][-150:]
-            fail(f"not enough memory ({reason}): lower --batch-size or the model's sizes", True)
-        if "DataLoader worker" in reason:
-            reason = reason.splitlines()[0]
-            fail(f"--workers: {reason} Free memory, or give fewer, or 0", everywhere=True)
-        if "by peer" in reason:  # gloo's words: connection closed, or reset
-            sys.exit(name_process("another process has ended, and so does this one"))
-        raise
+    except Unreadable as error:  # from a loader process it comes with a traceback
+        fail(str(error).strip().split("Unreadable: ")[-1])
     finally:
-        if in_main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        end_loader_processes()
         dist.destroy_process_group()
 
 
-def reuse_memory():
-    """Let glibc keep the memory of freed tensors for new ones.
-
-    Else it gives those of over 32 MB back to the system, which hands them out again page by page:
-    of `python simclr.py` that took nearly half of the time."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def in_main_thread():
-    """Only there does Python let a program handle signals."""
-    return threading.current_thread() is threading.main_thread()
-
-
-@contextlib.contextmanager
-def all_or_none():
-    """What one process refuses ends all of them, in one line, which names the process and its
-    machine if not all of them say the same."""
-    message = None
-    try:
-        yield
-    except Refusal as refusal:
-        message = str(refusal)
-    messages = [None] * world_size()
-    dist.all_gather_object(messages, message)
-    if not any(messages):
-        return
-    if len(set(messages)) == 1:
-        fail(message)
-    if message:
-        fail(name_process(message), everywhere=True)
-    sys.exit(2)
-
-
-def name_process(message):
-    """The message, after the process and its machine if there are several."""
-    if world_size() == 1:
-        return message
-    return f"process {rank()} on {socket.gethostname()}: {message}"
-
-
-@contextlib.contextmanager
-def one_process_first(needed):
-    """If `needed`, the first process on each machine goes ahead, and the others wait for it."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if needed and not first:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if needed and first:
-            dist.barrier()
+def end_loader_processes():
+    """What is left of them after a failure ignores milder signals, and Python would wait for it."""
+    children = multiprocessing.active_children()
+    if children and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise an error
+    for child in children:
+        if child.daemon:
+            child.kill()
 
 
 def world_size():
@@ -1041,174 +852,155 @@ def own_part(B):
 
 
 # ---- A run in its folder
+def warning_signals():
+    """Those by which a terminal or a scheduler says that the end is near."""
+    names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+    return [number for number in signal.Signals if number.name in names]
+
+
 class Run:
     """A run's folder: where the run continues, its log, its checkpoints, and when it stops.
 
-    run = Run("simclr", args, device)
-    run.check_data(images, classes)
-    run.restore(sampler, simclr=model, optimizer=optimizer)
-    for step, batch in run.steps(loader):
+    run = Run("simclr", dict(simclr=model, optimizer=optimizer), sampler, args)
+    for step, batch in run.steps(batch_loader(dataset, sampler, run, args)):
         run.log(metrics, rates)
     """
 
-    STOPS = (signal.SIGINT, signal.SIGTERM)
-    MAY_CHANGE = ("out", "steps", "workers", "log_every", "save_minutes")  # when it continues
+    MAY_CHANGE = ("data", "out", "steps", "workers", "log_every", "save_minutes")  # on continuing
     FIRST_LINES = (1, 2, 5, 10, 20)  # steps that are logged besides every --log-every
     COLLAPSED = dict(information=0.02, embedding_std=0.02, target_std=0.02)  # below this
 
-    def __init__(self, script, args, device):
-        self.script = script
+    def __init__(self, script, parts, sampler, args):
+        """Continue from the checkpoint, if there is one. parts: {name: what it holds}, the network
+        first."""
+        self.parts = parts
         self.args = args
-        self.device = device
         self.out = Path(args.out)
         self.checkpoint = self.out / "checkpoint.pt"
-        kept = {name: x for name, x in vars(args).items() if name not in self.MAY_CHANGE}
-        self.options = {"script": script} | kept
-        self.lock = None
-        self.state = load_checkpoint(self.checkpoint, self.options)
-        self.step = self.state.get("step", 0)  # updates made
-        self.metrics = []  # of the updates since the last line of the log
-        self.means = {}  # of these, at the last line or checkpoint
-        self.received = 0  # the number of the signal that this process got
-        self.received_time = 0.0
-        self.stop_signal = 0  # of any process: all stop
-        self.saving = False
-        self.lines_collapsed = 0
-
-    def check_data(self, images, classes):
-        """Refuse images (a tensor or Paths) or classes (N,) that are not the checkpoint's.
-
-        A folder may have moved; what counts is the names below it, and the classes."""
-        content = hashlib.sha256(np.asarray(classes, dtype=np.int64).tobytes())
-        self.skipped = 0
-        if not torch.is_tensor(images):
-            self.skipped = images.skipped
-            root = str(Path(self.args.data))
-            for path in images:
-                name = path.removeprefix(root).lstrip(os.sep)
-                content.update(os.fsencode(name) + b"\0")
-        self.data = dict(images=len(images), content=content.hexdigest())
-        there = self.state.get("data", self.data)
-        if there != self.data:
-            raise Refusal(
-                f"--data {self.args.data}: {len(images):,} images, but {self.checkpoint} was made "
-                f"with {there['images']:,} or with other names or classes: give the same, or "
-                "another --out"
-            )
-
-    def restore(self, sampler, **parts):
-        """Load the parts from the checkpoint, if there is one; print what the run will do.
-
-        Later checkpoints hold the same parts. The first is the network."""
-        self.parts = parts
+        self.options = dict(script=script, images=len(sampler.labels)) | vars(args)
         self.epoch_steps = len(sampler)
-        self.horizon = self.args.epochs * self.epoch_steps
-        self.last = min(self.args.steps or self.horizon, self.horizon)
-        for name, part in parts.items():
-            if name in self.state:
-                part.load_state_dict(self.state[name])
-        self.state = {}
-        self.compare_processes()
-        with all_or_none():
-            if rank() == 0:
-                self.open_folder()
+        horizon = args.epochs * self.epoch_steps
+        self.last = min(args.steps or horizon, horizon)
+        self.step = 0  # updates made
+        self.metrics = []  # of the updates since the last line of the log
+        self.line = {}  # the last one
+        self.received = 0  # the number of the signal that this process got
         if rank() == 0:
-            print(self.plan(sampler), flush=True)
-            if self.args.warmup * self.epoch_steps >= self.horizon:
-                print(f"warning: --warmup {self.args.warmup} epochs last as long as the run: the "
-                      "rate never reaches its peak: give fewer, or more --epochs")  # fmt: skip
+            self.lock_folder()
+        self.restore()
+        if rank() == 0:
+            network = next(iter(parts.values()))
+            trained = [p for p in network.parameters() if p.requires_grad]
+            parameters = sum(p.numel() for p in trained)
+            start = f"continues after step {self.step:,}" if self.step else "new"
+            print(f"{script}: {args.data}, {sampler.describe(self.last)}; {args.epochs} epochs, "
+                  f"{horizon:,} steps; {parameters:,} parameters; processes: {world_size()}, on "
+                  f"{trained[0].device.type}; {self.out}, {start}", flush=True)  # fmt: skip
 
-    def compare_processes(self):
-        """All must see the same checkpoint and the same data."""
-        seen = [None] * world_size()
-        dist.all_gather_object(seen, (self.step, self.data))
-        steps = sorted({step for step, _ in seen})
-        sizes = sorted({data["images"] for _, data in seen})
-        if len(steps) > 1:
-            reason = f"not all processes see the same checkpoint (steps {steps})"
-            fail(f"--out {self.out}: {reason}: share the folder")
-        if any(data != self.data for _, data in seen):
-            reason = f"not all processes see the same images ({sizes} of them)"
-            fail(f"--data {self.args.data}: {reason}: make their folders equal")
-
-    def open_folder(self):
-        """Make the folder, lock it, cut off what a killed run logged after its last checkpoint."""
+    def lock_folder(self):
+        """Make the folder; refuse it if another run writes there."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = (self.out / "options.json").open("a")
+        except OSError as error:
+            fail(f"--out {self.out}: not writable ({error}): choose another")
+        try:
             if fcntl:
                 fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process
-            self.lock.truncate(0)
-            options = {"script": self.script} | vars(self.args)
-            self.lock.write(json.dumps(options, indent=1) + "\n")
-            self.lock.flush()
-            log = self.out / "log.jsonl"
-            log.touch()
-            os.truncate(log, self.saved_log_size(log.read_bytes()))
         except BlockingIOError:
-            raise Refusal(f"--out {self.out}: another run writes there: choose another") from None
+            fail(f"--out {self.out}: another run writes there: choose another")
         except OSError as error:
-            raise Refusal(f"--out {self.out}: not writable ({error}): choose another") from None
+            print(f"--out {self.out}: its disk has no locks ({error}): start no second run there")
 
-    def saved_log_size(self, log):
-        """Bytes of the lines, whole ones, of updates that the checkpoint has."""
-        size = 0
-        for line in log.splitlines(keepends=True):
+    def restore(self):
+        """Load the parts from the checkpoint; cut off what a killed run logged after it."""
+        log_size = 0
+        if self.checkpoint.exists():
             try:
-                if json.loads(line)["step"] > self.step or not line.endswith(b"\n"):
-                    break
-            except (ValueError, KeyError, TypeError):
-                break
-            size += len(line)
-        return size
-
-    def plan(self, sampler):
-        """One line: what will happen."""
-        args = self.args
-        network = next(iter(self.parts.values()))
-        parameters = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        tail = f" (--long-tail {args.long_tail:g})" if args.long_tail else ""
-        skipped = f" ({self.skipped:,} other files left out)" if self.skipped else ""
-        steps = f"{self.horizon:,} steps"
-        if self.last < self.horizon:
-            steps += f", of which --steps {self.last}"
-        start = f"continues after step {self.step:,}" if self.step else "new"
-        processes = "1 process" if world_size() == 1 else f"{world_size()} processes"
-        return (
-            f"{self.script}: {args.data}{tail}{skipped}, {sampler.describe(self.horizon)}; "
-            f"{args.epochs} epochs, {steps}; "
-            f"{parameters:,} parameters; {self.device}, {processes}; {self.out}, {start}"
-        )
+                state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+                there = state["options"]
+            except Exception as error:  # torch raises many kinds for damaged files
+                name = type(error).__name__
+                fail(f"{self.checkpoint}: damaged or foreign ({name}): move it or change --out")
+            names = [name for name in self.options if name not in self.MAY_CHANGE]
+            wrong = [name for name in names if there.get(name) != self.options[name]]
+            if wrong:
+                here = ", ".join(f"{name} {self.options[name]}" for name in wrong)
+                made = ", ".join(f"{name} {there.get(name)}" for name in wrong)
+                fail(f"{here}: but {self.checkpoint} has {made}: give the same or another --out")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.step = state["step"]
+            log_size = state["log_size"]
+        seen = [None] * world_size()
+        dist.all_gather_object(seen, (self.step, self.options["images"]))
+        if len(set(seen)) > 1:
+            fail(f"--out {self.out}, --data {self.args.data}: processes see different steps and "
+                 f"numbers of images, {sorted(set(seen))}: share the folders")  # fmt: skip
+        if rank() == 0:
+            self.lock.truncate(0)
+            self.lock.write(json.dumps(self.options, indent=1) + "\n")
+            self.lock.flush()
+            with (self.out / "log.jsonl").open("a") as log:
+                log.truncate(log_size)
 
     def steps(self, loader):
-        """Yield (step, batch) of the updates that are left. Save on the way and at the end.
+        """Yield (step, batch) of the updates that are left; save on the way and at the end.
 
-        Ctrl-C and SIGTERM end it after the present update, with exit status 130 or 143."""
-        if in_main_thread():
-            for number in self.STOPS:
-                signal.signal(number, self.stop_soon)
-        self.start_time = self.save_time = self.line_time = time.time()
-        self.line_step = self.step
+        A signal that warns of the end stops it after the present update, with exit status 128 + its
+        number. What fails between two updates, such as a picture, is raised after saving."""
+        handlers = {}
+        for number in warning_signals():
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                handlers[number] = signal.signal(number, self.stop_soon)
         hidden = None if rank() == 0 else True  # None: unless it is a terminal
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", disable=hidden)
-        try:
-            for batch in loader:
-                if isinstance(batch, str):  # what this process could not load
-                    self.fail(name_process(batch), everywhere=True)
-                torch.manual_seed(hash((self.args.seed, self.step, 1)))  # the same after a restart
-                yield self.step, batch
-                if self.saving:
-                    self.save()
-                if self.stop_signal:
-                    break
-        finally:
-            self.bar.close()
-            if self.lock:
-                self.lock.close()
+        self.start_time = self.save_time = self.line_time = time.time()
+        self.line_step = self.step
+        items = iter(loader)
+        while self.step < self.last:
+            batch = self.next_batch(items)
+            if self.stop_signal:
+                break
+            torch.manual_seed(hash((self.args.seed, self.step, 1)))  # the same after a restart
+            yield self.step, batch
+        self.save()
+        self.bar.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if rank() == 0:
             print(self.outcome())
         if self.step < self.last:
             sys.exit(128 + self.stop_signal)
+
+    def next_batch(self, items):
+        """The next item. Between two updates processes agree: whether to save, and whether to stop,
+        because one has got a signal, or has failed, which it raises when all is saved."""
+        batch = None
+        failure = None
+        try:
+            batch = next(items)
+        except Exception as error:  # a picture, a loader process, the data's disk
+            failure = error
+        due = rank() == 0 and time.time() - self.save_time > 60 * self.args.save_minutes
+        wishes = torch.tensor([self.received, due, failure is not None], dtype=torch.int)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.stop_signal, due, failed = wishes.tolist()
+        if due or failed:
+            self.save()
+        if failed:
+            self.bar.close()
+        if failure:
+            raise failure
+        if failed:
+            time.sleep(10)  # that process says why, and torchrun ends the others
+            sys.exit("another process has failed")
+        return batch
+
+    def stop_soon(self, number, _):
+        """Stop after this update. A second Ctrl-C stops at once."""
+        self.received = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def outcome(self):
         """What has been done, and the next command."""
@@ -1218,169 +1010,66 @@ class Run:
                 "the same command continues"
             )
         minutes, seconds = divmod(round(time.time() - self.start_time), 60)
-        return (
-            f"{self.step} of {self.horizon} steps, {minutes} min {seconds} s: {self.checkpoint}\n"
-            f"next: python linear_eval.py {self.checkpoint}"
-        )
-
-    def stop_soon(self, number, _):
-        """Stop after this update. A second signal stops at once, if it is not an echo of the first:
-        `timeout` sends SIGTERM to the process, then to its whole group."""
-        now = time.time()
-        if self.received == 0:
-            self.received = number
-            self.received_time = now
-        elif now - self.received_time > 1:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        text = f"{self.step} steps, {minutes} min {seconds} s: {self.checkpoint}\n"
+        for name, low in self.COLLAPSED.items():
+            if self.line.get(name, 1) < low:
+                text += f"warning: collapse: {name} is {self.line[name]:.2g}: lower the rate\n"
+        return text + f"next: python linear_eval.py {self.checkpoint}"
 
     def log(self, metrics, rates):
         """Count an update, and write a line of the log if it is time.
 
-        metrics {name: tensor}: the line has their means over updates since the last line and over
-        processes; of a vector it has the deciles. rates {name: number}: the line has the last."""
+        metrics {name: scalar tensor}: the line has their means over updates since the last line and
+        over processes. rates {name: number}: the line has the last."""
         self.step += 1
-        self.bar.update()
         self.metrics.append({name: x.detach() for name, x in metrics.items()})
-        self.agree()
-        ends = self.step == self.last or self.stop_signal > 0
-        self.saving = self.saving or ends
+        self.rates = rates
+        with contextlib.suppress(OSError):  # a terminal that is gone must not end the run unsaved
+            self.bar.update()
         early = self.step in self.FIRST_LINES and self.step < self.args.log_every
-        due = ends or early or self.step % self.args.log_every == 0
-        if not due and not self.saving:
-            return  # not even .item(), which would wait for the GPU
-        self.means = self.average_metrics()
-        if due:
-            self.write_line(rates)
+        if early or self.step % self.args.log_every == 0:  # else not even .item(): a GPU would wait
+            self.write_line()
 
-    def agree(self):
-        """A signal to one process stops all; the clock of process 0 says when to save."""
-        elapsed = time.time() - self.save_time
-        save = rank() == 0 and elapsed > 60 * self.args.save_minutes
-        wishes = torch.tensor([self.received, int(save)])
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        self.stop_signal = wishes[0].item()
-        self.saving = wishes[1].item() > 0
-
-    def average_metrics(self):
-        """{name: mean}; a value that is not finite ends the run before a checkpoint has it."""
-        means = {}
-        for name in self.metrics[0]:
-            values = torch.stack([row[name] for row in self.metrics]).double()  # (updates, ...)
-            dist.all_reduce(values)
-            values = values.cpu() / world_size()
-            finite = values.reshape(len(values), -1).isfinite().all(dim=1)
-            if not finite.all():
-                step = self.step - len(finite) + 1 + finite.int().argmin().item()
-                lr = "base_lr" if "base_lr" in self.options else "lr"
-                flag = option_flag(lr, self.options[lr])
-                self.fail(f"{name} is not finite at step {step}: lower {flag}")
-            means[name] = values.mean(dim=0)
-        return means
-
-    def write_line(self, rates):
+    def write_line(self):
         """Append to log.jsonl; show the loss in the bar, or the line if there is no terminal."""
+        values = torch.stack([torch.stack([*row.values()]) for row in self.metrics]).double()
+        dist.all_reduce(values)
+        values = values.cpu() / world_size()  # (updates, metrics)
+        finite = values.isfinite().all(dim=1)
+        if not finite.all():
+            self.bar.close()
+            step = self.step - len(finite) + 1 + finite.int().argmin().item()
+            fail(f"the loss is not finite at step {step}: lower the learning rate")
         now = time.time()
-        updates = self.step - self.line_step
-        line = dict(step=self.step, epoch=(self.step - 1) // self.epoch_steps) | rates
-        for name, mean in self.means.items():
-            line[name] = mean.item() if mean.ndim == 0 else deciles(mean)
-        line["images_per_second"] = updates * self.args.batch_size / (now - self.line_time)
+        images = (self.step - self.line_step) * self.args.batch_size
+        self.line = dict(step=self.step, epoch=(self.step - 1) // self.epoch_steps) | self.rates
+        self.line |= zip(self.metrics[0], values.mean(dim=0).tolist())
+        self.line["images_per_second"] = images / (now - self.line_time)
         self.metrics = []
         self.line_step = self.step
         self.line_time = now
         if rank() > 0:
             return
-        try:
-            with (self.out / "log.jsonl").open("a") as file:
-                print(json.dumps(line), file=file)
-        except OSError as error:
-            self.fail_to_write(error)
-        numbers = {name: f"{x:.4g}" for name, x in line.items() if not isinstance(x, list)}
-        self.bar.set_postfix(loss=numbers["loss"])
-        if self.bar.disable:
-            print(" ".join(f"{name} {x}" for name, x in numbers.items()), flush=True)
-        self.warn_of_collapse(line)
-
-    def warn_of_collapse(self, line):
-        """After the warm-up, once, when all images have looked the same for five lines."""
-        indicator = next((name for name in self.COLLAPSED if name in line), None)
-        if indicator is None or line["step"] < self.args.warmup * self.epoch_steps:
-            return
-        collapsed = line[indicator] < self.COLLAPSED[indicator]
-        self.lines_collapsed = self.lines_collapsed + 1 if collapsed else 0
-        if self.lines_collapsed == 5:
-            self.bar.write(
-                f"warning: collapse: {indicator} is {line[indicator]:.2g}, so all images look "
-                "the same to the network: lower the learning rate"
-            )
+        with (self.out / "log.jsonl").open("a") as file:
+            print(json.dumps(self.line), file=file)
+        with contextlib.suppress(OSError):
+            self.bar.set_postfix(loss=f"{self.line['loss']:.4g}")
+            if self.bar.disable:
+                print(*[f"{name} {x:.4g}" for name, x in self.line.items()], flush=True)
 
     def save(self):
         """Write the checkpoint under another name, then rename it: a kill leaves no half file."""
+        if self.metrics:
+            self.write_line()  # it finds a loss that is not finite
         self.save_time = time.time()
         if rank() == 0:
-            state = dict(options=self.options, step=self.step, data=self.data)
-            for name, part in self.parts.items():
-                state[name] = part.state_dict()
-            partial = self.out / "checkpoint.partial"
-            try:
-                torch.save(state, partial)
-                os.replace(partial, self.checkpoint)
-            except (OSError, RuntimeError) as error:  # torch's zip writer raises the latter
-                if "DataLoader worker" in str(error):
-                    raise  # one died meanwhile
-                partial.unlink(missing_ok=True)
-                self.fail_to_write(error)
-
-    def fail_to_write(self, error):
-        """A full disk, most often. The last checkpoint is whole."""
-        free = shutil.disk_usage(self.out).free / 2**20
-        self.fail(
-            f"--out {self.out}: cannot write at step {self.step} ({type(error).__name__}, "
-            f"{free:.1f} MB are free): free some space; the same command then continues"
-        )
-
-    def fail(self, message, everywhere=False):
-        self.bar.close()  # the message gets a line of its own
-        fail(message, everywhere)
+            log_size = (self.out / "log.jsonl").stat().st_size
+            state = dict(options=self.options, step=self.step, log_size=log_size)
+            state |= {name: part.state_dict() for name, part in self.parts.items()}
+            torch.save(state, self.out / "checkpoint.partial")
+            os.replace(self.out / "checkpoint.partial", self.checkpoint)
 
 
-def deciles(values):
-    """Eleven of the values (K,), at even ranks from the largest to the smallest, as numbers."""
-    ranks = torch.linspace(0, len(values) - 1, 11).long()
-    chosen = values.sort(descending=True).values[ranks]
-    return [float(f"{x:.3g}") for x in chosen]
-
-
-def load_checkpoint(path, options):
-    """The state at `path`, {} if there is none; refuses what does not belong to this run."""
-    try:
-        if not path.exists():
-            return {}
-    except OSError as error:
-        raise Refusal(f"--out {path.parent}: {error.strerror}: choose another") from None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # torch does not look at the check sums
-                raise ValueError("a check sum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        there = {name: state["options"].get(name) for name in options}
-    except Exception as error:  # torch raises many kinds for damaged files
-        damage = f"{path} is damaged or foreign ({type(error).__name__})"
-        raise Refusal(f"{damage}: move it or change --out") from None
-    if there["script"] != options["script"]:
-        raise Refusal(f"{path} is a checkpoint of {there['script']}.py: choose another --out")
-    wrong = [name for name in options if there[name] != options[name]]
-    if not {there["data"], options["data"]} & set(IN_MEMORY) and "data" in wrong:
-        wrong.remove("data")  # a folder may move: Run.check_data looks at what is in it
-    if wrong:
-        given = ", ".join(option_flag(name, options[name]) for name in wrong)
-        made = ", ".join(option_flag(name, there[name]) for name in wrong)
-        raise Refusal(f"{given}: {path} was made with {made}: give that, or another --out")
-    return state
-
-
-# ---- Pictures
 def draw_views(groups, out, normalised):
     """views.png: the first eight images as the network gets them, a row for each view.
 
