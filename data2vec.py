@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import copy
 import ctypes
+import functools
 import itertools
 import json
 import math
@@ -371,19 +372,12 @@ def schedule(step, epoch_steps, args):
 def data2vec_inputs(crops, args, device):
     """Coloured and normalised images (B, 3, H, W), and the factors of stochastic depth, or None.
 
-    crops (1, B, 3, H, W) uint8. Random numbers are drawn for the batch of all processes, of which
-    each takes its own part: the result does not depend on the number of processes."""
-    B = crops.shape[1]
-    u = torch.rand(B * world_size(), 8)[own_part(B)]
-    images = jitter_colours(
-        crops[0].to(device, non_blocking=True).float() / 255,
-        strengths=args.jitter,
-        chosen=torch.ones(B, dtype=torch.bool),
-        amounts=u[:, :4],
-        order=u[:, 4:].argsort(dim=1),
-    )
+    crops (1, B, 3, H, W) uint8."""
+    images = crops[0].to(device, non_blocking=True).float() / 255
+    jitter_some(images, 1, args.jitter, probability=1.0)
     paths = None
     if args.drop_path:
+        B = len(images)
         u = torch.rand(args.depth, 2, B * world_size())[..., own_part(B)]
         paths = drop_paths(u, args.drop_path).to(device, non_blocking=True)
     return normalise(images, args.standardise), paths
@@ -465,52 +459,53 @@ def crop_batch(images, u, area, size, flip):
     return crops.round().byte()
 
 
+def uniform(V, B, *shape):
+    """Random numbers from 0 to 1 for V views of this process's B images, (V * B, *shape). They are
+    drawn for the batch of all processes, so they do not depend on the number of processes."""
+    return torch.rand(V, B * world_size(), *shape)[:, own_part(B)].flatten(0, 1)
+
+
+def jitter_some(image, V, strengths, probability):
+    """Jitter the colours of some of V views of B images (V * B, 3, H, W), in place. strengths: of
+    brightness, contrast, saturation, hue, which come in one random order for all images."""
+    B = len(image) // V
+    shifts = torch.tensor(strengths) * (2 * uniform(V, B, 4) - 1)  # (V * B, 4)
+    order = [kind for kind in torch.randperm(4).tolist() if strengths[kind] > 0]
+    jitter = functools.partial(jitter_colours, order=order)
+    change_some(image, uniform(V, B) < probability, jitter, shifts)
+
+
 def change_some(image, chosen, change, *numbers):
     """Replace the chosen images of (B, 3, H, W) by change(images, *numbers of these), in place.
 
-    chosen (B,) and numbers (B, ...) are on the CPU, so that nobody waits for a GPU."""
+    chosen (B,) and numbers (B, ...) are on the CPU, so that nobody waits for a GPU. A CPU takes
+    them in groups that fit its cache."""
     chosen = chosen.nonzero()[:, 0]
     if len(chosen) == 0:
         return
-    numbers = [x[chosen].to(image.device, non_blocking=True) for x in numbers]
-    chosen = chosen.to(image.device, non_blocking=True)
-    image[chosen] = change(image.index_select(0, chosen), *numbers)
+    group = len(chosen) if image.is_cuda else max(2**18 // image[0].numel(), 1)
+    for part in chosen.split(group):
+        values = [x[part].to(image.device, non_blocking=True) for x in numbers]
+        part = part.to(image.device, non_blocking=True)
+        image[part] = change(image.index_select(0, part), *values)
 
 
-def jitter_colours(image, strengths, chosen, amounts, order):
-    """Brightness, contrast, saturation, hue of `chosen` (B,) images, each in its own order.
+def jitter_colours(image, shifts, order):
+    """Change (B, 3, H, W) in [0, 1]: 0 brightness, 1 contrast, 2 saturation, 3 hue, in this order.
 
-    image (B, 3, H, W) in [0, 1], changed in place; strengths: of the four kinds; amounts (B, 4),
-    uniform; order (B, 4): the kind that comes first, second, ..."""
-    adjustments = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
-    strengths = torch.tensor(strengths)
-    amounts = strengths * (2 * amounts - 1)  # (B, 4)
-    amounts[:, :3] = (1 + amounts[:, :3]).clamp(min=0)  # factors; the hue's is added
-
-    used = strengths.nonzero()[:, 0]
-    order = order[torch.isin(order, used)].view(len(order), len(used))
-    for kinds in itertools.permutations(used.tolist()):
-
-        def adjust(image, amounts, kinds=kinds):
-            for kind in kinds:
-                image = adjustments[kind](image, amounts[:, kind].view(-1, 1, 1, 1))
-            return image
-
-        in_this_order = (order == torch.tensor(kinds)).all(dim=1)
-        change_some(image, chosen & in_this_order, adjust, amounts)
+    shifts (B, 4): by how much, 0: not at all; of the hue as a fraction of the circle."""
+    for kind in order:
+        shift = shifts[:, kind].view(-1, 1, 1, 1)
+        factor = (1 + shift).clamp(min=0)
+        if kind == 3:
+            image = adjust_hue(image, shift)
+        elif kind == 2:
+            image = blend(greyscale(image), image, factor)
+        elif kind == 1:
+            image = blend(greyscale(image.mean(dim=(2, 3), keepdim=True)), image, factor)
+        else:
+            image = (factor * image).clamp_(0, 1)
     return image
-
-
-def adjust_brightness(image, factor):
-    return (factor * image).clamp_(0, 1)
-
-
-def adjust_contrast(image, factor):
-    return blend(greyscale(image.mean(dim=(2, 3), keepdim=True)), image, factor)
-
-
-def adjust_saturation(image, factor):
-    return blend(greyscale(image), image, factor)
 
 
 def blend(start, end, factor):

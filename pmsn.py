@@ -361,19 +361,14 @@ def cosine(start, end, step, steps):
 
 # ---- 5. Views
 def siamese_views(crops, args, device):
-    """Colour and normalise crops, uint8 (V, B, 3, H, W), and add noise: the network's inputs.
-
-    Random numbers are drawn for the batch of all processes, of which each takes its own part: the
-    result does not depend on the number of processes."""
+    """Colour and normalise crops, uint8 (V, B, 3, H, W), and add noise: the network's inputs."""
     V, B = crops.shape[:2]
-    u = torch.rand(V, B * world_size(), 13)[:, own_part(B)]
-    images = crops.flatten(0, 1).to(device, non_blocking=True)
     pixels = photometry(
-        images, u.flatten(0, 1), args.jitter, args.grey, args.blur, args.blur_sigma, args.solarise,
-        args.threshold,
+        crops.to(device, non_blocking=True), args.jitter, args.grey, args.blur, args.blur_sigma,
+        args.solarise, args.threshold,
     )  # fmt: skip
     pixels = normalise(pixels, args.standardise)
-    if args.noise:
+    if args.noise:  # grey, of the batch of all processes
         noise = torch.randn(V, B * world_size(), 1, *crops.shape[3:])[:, own_part(B)]
         pixels = pixels + args.noise * noise.flatten(0, 1).to(device, non_blocking=True)
     return pixels.unflatten(0, (V, B))
@@ -455,74 +450,71 @@ def crop_batch(images, u, area, size, flip):
     return crops.round().byte()
 
 
-def photometry(views, u, jitter, grey, blur, blur_sigma, solarise, threshold):
-    """Random colours of a batch of views: uint8 (B, 3, H, W) -> float32 in [0, 1].
+def uniform(V, B, *shape):
+    """Random numbers from 0 to 1 for V views of this process's B images, (V * B, *shape). They are
+    drawn for the batch of all processes, so they do not depend on the number of processes."""
+    return torch.rand(V, B * world_size(), *shape)[:, own_part(B)].flatten(0, 1)
 
-    u (B, 13), uniform, on the CPU: 0 whether to jitter, 1 to 4 by how much, 5 whether grey, 6
-    whether blurred, 7 how much, 8 whether solarised, 9 to 12 the order of the four jitters. Equal
-    to torchvision's functions with the same parameters, image by image."""
-    image = views.float().div_(255)
-    jitter_colours(
-        image,
-        strengths=jitter,
-        chosen=u[:, 0] < 0.8,
-        amounts=u[:, 1:5],
-        order=u[:, 9:].argsort(dim=1),
-    )
-    sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * u[:, 7]
+
+def photometry(crops, jitter, grey, blur, blur_sigma, solarise, threshold):
+    """Random colours of V views of B images: uint8 (V, B, 3, H, W) -> float32 (V * B, 3, H, W) in
+    [0, 1]. Four in five images are jittered, see jitter_colours; grey, blur and solarise are
+    probabilities. Equal to torchvision's functions with the same parameters, image by image."""
+    V, B = crops.shape[:2]
+    image = crops.flatten(0, 1).float().div_(255)
+    jitter_some(image, V, jitter, probability=0.8)
+    change_some(image, uniform(V, B) < grey, greyscale)
+
+    sigma = blur_sigma[0] + (blur_sigma[1] - blur_sigma[0]) * uniform(V, B)
     radius = min(math.ceil(3 * blur_sigma[1]), image.shape[-1] - 1)
-    change_some(image, u[:, 5] < grey, greyscale)
-    change_some(image, u[:, 6] < blur, functools.partial(gaussian_blur, radius=radius), sigma)
-    change_some(image, u[:, 8] < solarise, functools.partial(invert_bright, threshold=threshold))
+    change_some(image, uniform(V, B) < blur, functools.partial(gaussian_blur, radius=radius), sigma)
+
+    invert = functools.partial(invert_bright, threshold=threshold)
+    change_some(image, uniform(V, B) < solarise, invert)
     return image
+
+
+def jitter_some(image, V, strengths, probability):
+    """Jitter the colours of some of V views of B images (V * B, 3, H, W), in place. strengths: of
+    brightness, contrast, saturation, hue, which come in one random order for all images."""
+    B = len(image) // V
+    shifts = torch.tensor(strengths) * (2 * uniform(V, B, 4) - 1)  # (V * B, 4)
+    order = [kind for kind in torch.randperm(4).tolist() if strengths[kind] > 0]
+    jitter = functools.partial(jitter_colours, order=order)
+    change_some(image, uniform(V, B) < probability, jitter, shifts)
 
 
 def change_some(image, chosen, change, *numbers):
     """Replace the chosen images of (B, 3, H, W) by change(images, *numbers of these), in place.
 
-    chosen (B,) and numbers (B, ...) are on the CPU, so that nobody waits for a GPU."""
+    chosen (B,) and numbers (B, ...) are on the CPU, so that nobody waits for a GPU. A CPU takes
+    them in groups that fit its cache."""
     chosen = chosen.nonzero()[:, 0]
     if len(chosen) == 0:
         return
-    numbers = [x[chosen].to(image.device, non_blocking=True) for x in numbers]
-    chosen = chosen.to(image.device, non_blocking=True)
-    image[chosen] = change(image.index_select(0, chosen), *numbers)
+    group = len(chosen) if image.is_cuda else max(2**18 // image[0].numel(), 1)
+    for part in chosen.split(group):
+        values = [x[part].to(image.device, non_blocking=True) for x in numbers]
+        part = part.to(image.device, non_blocking=True)
+        image[part] = change(image.index_select(0, part), *values)
 
 
-def jitter_colours(image, strengths, chosen, amounts, order):
-    """Brightness, contrast, saturation, hue of `chosen` (B,) images, each in its own order.
+def jitter_colours(image, shifts, order):
+    """Change (B, 3, H, W) in [0, 1]: 0 brightness, 1 contrast, 2 saturation, 3 hue, in this order.
 
-    image (B, 3, H, W) in [0, 1], changed in place; strengths: of the four kinds; amounts (B, 4),
-    uniform; order (B, 4): the kind that comes first, second, ..."""
-    adjustments = [adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue]
-    strengths = torch.tensor(strengths)
-    amounts = strengths * (2 * amounts - 1)  # (B, 4)
-    amounts[:, :3] = (1 + amounts[:, :3]).clamp(min=0)  # factors; the hue's is added
-
-    used = strengths.nonzero()[:, 0]
-    order = order[torch.isin(order, used)].view(len(order), len(used))
-    for kinds in itertools.permutations(used.tolist()):
-
-        def adjust(image, amounts, kinds=kinds):
-            for kind in kinds:
-                image = adjustments[kind](image, amounts[:, kind].view(-1, 1, 1, 1))
-            return image
-
-        in_this_order = (order == torch.tensor(kinds)).all(dim=1)
-        change_some(image, chosen & in_this_order, adjust, amounts)
+    shifts (B, 4): by how much, 0: not at all; of the hue as a fraction of the circle."""
+    for kind in order:
+        shift = shifts[:, kind].view(-1, 1, 1, 1)
+        factor = (1 + shift).clamp(min=0)
+        if kind == 3:
+            image = adjust_hue(image, shift)
+        elif kind == 2:
+            image = blend(greyscale(image), image, factor)
+        elif kind == 1:
+            image = blend(greyscale(image.mean(dim=(2, 3), keepdim=True)), image, factor)
+        else:
+            image = (factor * image).clamp_(0, 1)
     return image
-
-
-def adjust_brightness(image, factor):
-    return (factor * image).clamp_(0, 1)
-
-
-def adjust_contrast(image, factor):
-    return blend(greyscale(image.mean(dim=(2, 3), keepdim=True)), image, factor)
-
-
-def adjust_saturation(image, factor):
-    return blend(greyscale(image), image, factor)
 
 
 def blend(start, end, factor):

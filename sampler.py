@@ -52,7 +52,9 @@ class KClassBatchSampler:
             raise ValueError(f"labels {self.labels.dtype} {self.labels.shape}: give N integers")
         self.sizes = np.unique(self.labels, return_counts=True)[1]  # images of each class
         N = len(self.labels)
-        if batch_size < 1 or batch_size % world_size or not 0 <= rank < world_size:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of {world_size} processes: choose 0 to {world_size - 1}")
+        if batch_size < 1 or batch_size % world_size:
             fit = max(batch_size - batch_size % world_size, world_size)
             raise ValueError(f"{batch_size} is no multiple of {world_size} processes: use {fit}")
         if N < batch_size:
@@ -203,7 +205,7 @@ def open_data(data, split, tail=0.0, seed=0):
         images, labels = open_folder(data, split)
     if tail:
         kept = long_tail(labels["class"], tail, seed)
-        images = images[kept] if torch.is_tensor(images) else Paths(images[i] for i in kept)
+        images = images[kept] if torch.is_tensor(images) else images.chosen(kept)
         labels = {"class": labels["class"][kept]}
     return images, labels
 
@@ -229,6 +231,11 @@ class Paths(list):
 
     skipped = 0
 
+    def chosen(self, indices):
+        chosen = Paths(self[i] for i in indices)
+        chosen.skipped = self.skipped
+        return chosen
+
 
 def open_folder(data, split):
     """Paths of the images below SPLIT/CLASS/, or of those that iNaturalist's SPLIT2018.json lists.
@@ -236,11 +243,13 @@ def open_folder(data, split):
     Classes are numbered in the order of their folders' names. An image is what ends like one."""
     root = Path(data) / split
     listing = Path(data) / f"{split}2018.json"
-    readers = Image.registered_extensions()
-    endings = {ending for ending, name in readers.items() if name in Image.OPEN}
+    formats = Image.registered_extensions()
+    readable = {*Image.OPEN, "MPO"}  # the reader of JPEG opens MPO
+    endings = {ending for ending, name in formats.items() if name in readable}
 
     def is_image(path):
-        return Path(path).suffix.lower() in endings and not Path(path).name.startswith(".")
+        hidden = f"{os.sep}." in path[len(str(root)) :]  # the file, or a folder that holds it
+        return Path(path).suffix.lower() in endings and not hidden
 
     try:
         if listing.is_file():

@@ -1,11 +1,11 @@
-"""Speed and memory of the scripts, side by side with lightly, torchvision, Pillow and the machine.
+"""Speed and memory of the scripts, side by side with lightly, torchvision and the machine.
 
     python tests/benchmark.py                   measure all rows, write docs/benchmarks.md
     python tests/benchmark.py --list            a line for each row
-    python tests/benchmark.py --only mask bf16  these rows, or those whose names begin so
+    python tests/benchmark.py --only mask crop  these rows, or those whose names begin so
     python tests/benchmark.py --missing         the rows that docs/benchmarks.jsonl lacks
 
-All rows take about two hours. Each is written to docs/benchmarks.jsonl as soon as it is measured,
+All rows take about an hour. Each is written to docs/benchmarks.jsonl as soon as it is measured,
 and the tables of docs/benchmarks.md are made from that file.
 
 A row has sides, which take turns: round 1 ours, lightly, round 2 ours, lightly, ... Each side is a
@@ -14,31 +14,32 @@ The number of a side is its median over the rounds. Linux only: it reads /proc.
 """
 
 import argparse
+import atexit
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib.metadata
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
-import warnings
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
-from torch.nn.attention import SDPBackend, sdpa_kernel
+import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,8 +57,6 @@ import vicreg  # noqa: E402
 SCRIPTS = dict(simclr=simclr, vicreg=vicreg, msn=msn, pmsn=pmsn, mae=mae, data2vec=data2vec)
 CORES = len(os.sched_getaffinity(0))
 THREADS = 2  # OMP_NUM_THREADS of every side, unless the row says otherwise
-MEMORY_WORKERS = 0  # loader processes of lightly's side for plates; see the row lightly-workers
-FILE_WORKERS = CORES  # and for files; ours has as many by default
 INSTALL = 'pip install -e ".[test,benchmark]"'
 
 # The networks and batches of rows that do not measure a recipe as it is.
@@ -67,14 +66,13 @@ MSN_64 = (
     "--hidden 512 --output 128 --num-prototypes 256 --batch-size 32"
 )
 MAE_224 = (
-    "--dim 384 --depth 12 --heads 6 --decoder-dim 256 --decoder-depth 4 --decoder-heads 8 "
-    "--batch-size 16"
+    "--recipe paper --dim 384 --depth 12 --heads 6 --decoder-dim 256 --decoder-depth 4 "
+    "--decoder-heads 8 --batch-size 16"
 )
-# Of a slice of a run in which N batches are discarded and 2 N measured: some seconds.
-PLATES_BATCHES = 3  # of a timed part of a run on plates
+# Sizes of --quick, which override a row's.
 HEAD = "--batch-size 16 --hidden 16 --output 8"
 VIT = "--dim 16 --depth 1 --heads 2 --image-size 32"
-SIAMESE = f"{HEAD} {VIT} --num-prototypes 16 --stem 8 8 8 --patch-size 8 --focal-size 16"
+SIAMESE = f"{HEAD} {VIT} --num-prototypes 16 --stem 8 8 8 8 8 --patch-size 8 --focal-size 16"
 QUICK = dict(
     simclr=f"{HEAD} --arch small --image-size 32",
     vicreg=f"{HEAD} --arch small --image-size 32",
@@ -86,39 +84,37 @@ QUICK = dict(
 
 
 # ---- 1. Data
-@functools.cache
+@cache
 def plates(quick):
     """The training plates of the scripts, or two of each class: draw_plates's result."""
-    return sampler.draw_plates(2 if quick else 50, seed=0)
+    return sampler.draw_plates(2 if quick else 150, seed=0)
 
 
 def pictures(stack, quick):
     """A folder with train/CLASS/IMAGE: 2,048 names of 256 smooth random JPEG files of natural
     size, 500 x 375 pixels and about 50 kB. Removed with the stack."""
     root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
     width, height, number, names = (60, 50, 8, 8) if quick else (500, 375, 256, 8)
     for i in range(number):
         folder = root / f"train/class{i % 4}"
         folder.mkdir(parents=True, exist_ok=True)
         first = folder / f"{i}-0.jpg"
-        random_picture(width, height, rng).save(first, quality=90)
+        random_picture(width, height).save(first, quality=90)
         for name in range(1, names):
             os.link(first, folder / f"{i}-{name}.jpg")
     return root
 
 
-def random_picture(width, height, rng):
+def random_picture(width, height):
     """A Pillow image of octaves of noise, the coarser the stronger, as in photographs."""
-    total = np.zeros((height, width, 3), dtype=np.float32)
+    total = torch.zeros(1, 3, height, width)
     for octave in range(9):
-        size = (width // 2**octave + 1, height // 2**octave + 1)
-        noise = rng.normal(size=(3, *size[::-1])).astype(np.float32)
-        for channel in range(3):
-            layer = Image.fromarray(noise[channel]).resize((width, height), Image.BICUBIC)
-            total[..., channel] += 2 ** (0.4 * octave) * np.asarray(layer)
+        coarse = torch.randn(1, 3, height // 2**octave + 1, width // 2**octave + 1)
+        layer = F.interpolate(coarse, (height, width), mode="bicubic")
+        total += 2 ** (0.4 * octave) * layer
     total = 128 + 56 * (total - total.mean()) / total.std()
-    return Image.fromarray(total.clip(0, 255).astype(np.uint8))
+    return v2.functional.to_pil_image(total[0].clamp(0, 255).byte())
 
 
 def arguments(name, options, data, stack, quick):
@@ -176,71 +172,6 @@ def our_run(name, options, data, batches, stack, quick):
     return take
 
 
-def our_loader(name, options, batches, stack, quick):
-    """A side: images/s of a script's loader and colours alone, on picture files."""
-    script = SCRIPTS[name]
-    batches = 1 if quick else batches
-    args = script.parse_args(arguments(name, options, "pictures", stack, quick))
-    stack.enter_context(script.process_group())
-    paths, labels = sampler.open_data(args.data, "train")
-    batch_sampler = script.batch_sampler(labels["class"].numpy(), args)
-    if name == "simclr":
-        colour = simclr.simclr_views
-        sizes = [(2, args.image_size, args.crop)]
-    else:
-        colour = msn.siamese_views
-        sizes = [(1 + args.rand_views, args.image_size, args.rand_crop)]
-        sizes.append((args.focal_views, args.focal_size, args.focal_crop))
-    dataset = script.CroppedViews(paths, sizes, args)
-
-    def update(groups):
-        if isinstance(groups, str):  # what could not be read
-            raise RuntimeError(groups)
-        for crops in groups:
-            colour(crops, args, torch.device("cpu"))
-
-    def take():
-        run = types.SimpleNamespace(step=0, last=3 * batches + 2 * CORES)  # the last is not loaded
-        loader = script.batch_loader(dataset, batch_sampler, run, args)
-        return {"images/s": speed_of(iter(loader), update, args.batch_size, batches)}
-
-    return take
-
-
-def speed_of(loaded, update, batch_size, batches):
-    """Images/s of an iterator of batches and the update with each. So many are discarded, twice as
-    many measured. Loader processes end with the iterator, when this function returns."""
-    for _ in range(batches):
-        update(next(loaded))
-    began = time.perf_counter()
-    for _ in range(2 * batches):
-        update(next(loaded))
-    return 2 * batches * batch_size / (time.perf_counter() - began)
-
-
-def our_step(name, options, stack, quick):
-    """A side: milliseconds of a script's update on a batch of ready views. In a run of one update
-    the step is made several times."""
-    script = SCRIPTS[name]
-    given = arguments(name, options, "plates", stack, quick)
-
-    def take():
-        step = getattr(script, f"{name}_step")
-        milliseconds = []
-
-        def several(*inputs):
-            step(*inputs)
-            call = functools.partial(step, *inputs)
-            milliseconds.append(1000 * seconds_of(call, 0 if quick else 3))
-            return step(*inputs)
-
-        with mock.patch.object(script, f"{name}_step", several):
-            run_in_process(script, [*given, "--steps", "1"], quick)
-        return {"ms a step": milliseconds[0]}
-
-    return take
-
-
 def seconds_of(call, least=1.0):
     """Mean seconds of a call, of as many as take `least` seconds; one at least."""
     began = time.perf_counter()
@@ -280,55 +211,39 @@ def solarise(transform, args):
     from lightly.transforms.solarize import RandomSolarization
     from lightly.transforms.torchvision_v2_compatibility import ToTensor
 
-    if args.solarise == 0:
-        return
-    for view in set(transform.transforms):  # one object may make several views
+    for view in set(transform.transforms) if args.solarise else ():  # one may make several views
         chain = view.transform.transforms
         place = [isinstance(part, ToTensor) for part in chain].index(True)
         chain.insert(place, RandomSolarization(args.solarise, int(255 * args.threshold)))
 
 
-def lightly_simclr(args):
-    """lightly's example simclr.py with our network -> its transform, and its update on views."""
-    from lightly.loss import NTXentLoss
-    from lightly.transforms import SimCLRTransform
-
-    transform = SimCLRTransform(
-        input_size=args.image_size,
-        min_scale=args.crop[0],
-        gaussian_blur=args.blur,
-        normalize=None,  # as ours
-        **colours_for_lightly(args),
-    )
-    solarise(transform, args)
-    encoder, dim = simclr.resnet(args.arch, args.image_size)
-    model = simclr.SimCLR(encoder, dim, args.hidden, args.output, args.layers)
-    return transform, contrastive_update(model, NTXentLoss(temperature=args.temperature), args)
+def descend(loss, optimizer):
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def lightly_vicreg(args):
-    """lightly's example vicreg.py with our network -> its transform, and its update on views."""
-    from lightly.loss import VICRegLoss
-    from lightly.transforms import VICRegTransform
-
-    transform = VICRegTransform(  # one probability for both views
-        input_size=args.image_size,
-        min_scale=args.crop[0],
-        gaussian_blur=statistics.mean(args.blur),
-        solarize_prob=statistics.mean(args.solarise),
-        **colours_for_lightly(args),
-    )
-    encoder, dim = vicreg.resnet(args.arch, args.image_size)
-    network = vicreg.VICReg(encoder, dim, args.hidden, args.output)
-    model = torch.nn.Sequential(network.encoder, network.expander)
-    criterion = VICRegLoss(args.sim_coeff, args.std_coeff, args.cov_coeff)
-    return transform, contrastive_update(model, criterion, args)
-
-
-def contrastive_update(model, criterion, args):
-    """The loop's body of lightly's examples, with lightly's LARS."""
+def lightly_contrastive(args):
+    """lightly's examples simclr.py and vicreg.py with our networks and lightly's LARS -> the
+    transform, and the update on views."""
+    from lightly.loss import NTXentLoss, VICRegLoss
+    from lightly.transforms import SimCLRTransform, VICRegTransform
     from lightly.utils.lars import LARS
 
+    encoder, dim = simclr.resnet(args.arch, args.image_size)
+    given = dict(input_size=args.image_size, min_scale=args.crop[0]) | colours_for_lightly(args)
+    if "temperature" in args:
+        transform = SimCLRTransform(gaussian_blur=args.blur, normalize=None, **given)  # as ours
+        solarise(transform, args)
+        model = simclr.SimCLR(encoder, dim, args.hidden, args.output, args.layers)
+        criterion = NTXentLoss(args.temperature)
+    else:
+        blur = statistics.mean(args.blur)  # one probability for both views
+        solarised = statistics.mean(args.solarise)
+        transform = VICRegTransform(gaussian_blur=blur, solarize_prob=solarised, **given)
+        network = vicreg.VICReg(encoder, dim, args.hidden, args.output)
+        model = torch.nn.Sequential(network.encoder, network.expander)
+        criterion = VICRegLoss(args.sim_coeff, args.std_coeff, args.cov_coeff)
     optimizer = LARS(
         model.parameters(), lr=0.1, momentum=args.momentum, weight_decay=args.weight_decay
     )
@@ -337,13 +252,9 @@ def contrastive_update(model, criterion, args):
         x0, x1 = views
         z0 = model(x0)
         z1 = model(x1)
-        loss = criterion(z0, z1)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        descend(criterion(z0, z1), optimizer)
 
-    return update
+    return transform, update
 
 
 def lightly_vit(args, stem=()):
@@ -366,28 +277,17 @@ def lightly_vit(args, stem=()):
     return backbone
 
 
-def lightly_msn(args):
-    """lightly's example msn.py -> the transform, and the update on views."""
-    from lightly.loss import MSNLoss
-
-    return siamese_recipe(args, MSNLoss(sinkhorn_iterations=3 if args.sinkhorn else 0))
-
-
-def lightly_pmsn(args):
-    """lightly's example pmsn.py -> the transform, and the update on views."""
-    from lightly.loss import PMSNLoss
-
-    rounds = 3 if args.sinkhorn else 0
-    criterion = PMSNLoss(sinkhorn_iterations=rounds, power_law_exponent=args.exponent)
-    return siamese_recipe(args, criterion)
-
-
-def siamese_recipe(args, criterion):
-    """What lightly's examples msn.py and pmsn.py share: all but the loss."""
+def lightly_siamese(args):
+    """lightly's examples msn.py and pmsn.py -> the transform, and the update on views."""
+    from lightly.loss import MSNLoss, PMSNLoss
     from lightly.models import utils
     from lightly.models.modules.heads import MSNProjectionHead
     from lightly.transforms import MSNTransform
 
+    criterion = MSNLoss(sinkhorn_iterations=3 if args.sinkhorn else 0)
+    if "exponent" in args:
+        criterion = PMSNLoss(criterion.temperature, criterion.sinkhorn_iterations,
+                             power_law_exponent=args.exponent)  # fmt: skip
     transform = MSNTransform(
         random_size=args.image_size,
         focal_size=args.focal_size,
@@ -422,11 +322,8 @@ def siamese_recipe(args, criterion):
         anchors = [masked(torch.cat(views[1:full]))]
         if views[full:]:
             anchors.append(anchor_head(anchor_backbone(images=torch.cat(views[full:]))))
-        loss = criterion(torch.cat(anchors), targets, prototypes.data)  # .data: as in the example
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        # .data: as in the example
+        descend(criterion(torch.cat(anchors), targets, prototypes.data), optimizer)
 
     return transform, update
 
@@ -439,21 +336,20 @@ def lightly_mae(args):
 
     transform = MAETransform(input_size=args.image_size, min_scale=args.crop[0])
     backbone = lightly_vit(args)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated
-        decoder = MAEDecoderTIMM(
-            num_patches=backbone.vit.patch_embed.num_patches,
-            patch_size=args.patch_size,
-            embed_dim=args.dim,
-            decoder_embed_dim=args.decoder_dim,
-            decoder_depth=args.decoder_depth,
-            decoder_num_heads=args.decoder_heads,
-        )
+    decoder = MAEDecoderTIMM(
+        num_patches=backbone.vit.patch_embed.num_patches,
+        patch_size=args.patch_size,
+        embed_dim=args.dim,
+        decoder_embed_dim=args.decoder_dim,
+        decoder_depth=args.decoder_depth,
+        decoder_num_heads=args.decoder_heads,
+    )
     model = torch.nn.ModuleList([backbone, decoder])
     criterion = torch.nn.MSELoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-4)
 
-    def predict(images):
+    def update(views):
+        (images,) = views
         size = (len(images), backbone.sequence_length)
         keep, mask = utils.random_token_mask(size, mask_ratio=args.mask_ratio)
         encoded = decoder.embed(backbone.encode(images=images, idx_keep=keep))
@@ -461,24 +357,17 @@ def lightly_mae(args):
         x = utils.set_at_index(x, keep, encoded.type_as(x))
         predicted = decoder.predict(utils.get_at_index(decoder.decode(x), mask))
         patches = utils.patchify(images, args.patch_size)
-        return predicted, utils.get_at_index(patches, mask - 1)  # without the class token
-
-    def update(views):
-        predicted, target = predict(views[0])
-        loss = criterion(predicted, target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
+        target = utils.get_at_index(patches, mask - 1)  # without the class token
+        descend(criterion(predicted, target), optimizer)
 
     return transform, update
 
 
 LIGHTLY = dict(
-    simclr=lightly_simclr,
-    vicreg=lightly_vicreg,
-    msn=lightly_msn,
-    pmsn=lightly_pmsn,
+    simclr=lightly_contrastive,
+    vicreg=lightly_contrastive,
+    msn=lightly_siamese,
+    pmsn=lightly_siamese,
     mae=lightly_mae,
 )
 
@@ -497,352 +386,171 @@ class PillowPlates(Dataset):
         return self.transform(Image.fromarray(self.images[index])), 0
 
 
-def lightly_run(name, options, data, batches, stack, quick, workers=None, network=True):
-    """A side: images/s of lightly's recipe, after its first batches; without network: of its loader
-    and transform alone. workers: loader processes, by default as set above."""
+def lightly_run(name, options, data, batches, stack, quick):
+    """A side: images/s of lightly's recipe, after its first batches. Files are read by as many
+    loader processes as ours; plates by none, which is as fast as two."""
     from lightly.data import LightlyDataset
 
     batches = 1 if quick else batches
     args = SCRIPTS[name].parse_args(arguments(name, options, data, stack, quick))
     transform, update = LIGHTLY[name](args)
+    workers = 0
     if data == "plates":
         dataset = PillowPlates(plates(quick)[0], transform)
     else:
         dataset = LightlyDataset(str(Path(args.data) / "train"), transform=transform)
-    if workers is None:
-        workers = MEMORY_WORKERS if data == "plates" else FILE_WORKERS
-    loader = DataLoader(
-        dataset, args.batch_size, shuffle=True, drop_last=True, num_workers=0 if quick else workers
-    )
-
-    def with_batch(batch):
-        if network:
-            update(batch[0])
+        workers = 0 if quick else CORES
+    loader = DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
     def take():
-        return {"images/s": speed_of(iter(loader), with_batch, args.batch_size, batches)}
+        loaded = iter(loader)
+        for _ in range(batches):
+            update(next(loaded)[0])
+        began = time.perf_counter()
+        for _ in range(2 * batches):
+            update(next(loaded)[0])
+        return {"images/s": 2 * batches * args.batch_size / (time.perf_counter() - began)}
 
     return take
 
 
-def lightly_loader(name, options, batches, stack, quick):
-    """A side: images/s of lightly's loader and transform alone, on picture files."""
-    return lightly_run(name, options, "pictures", batches, stack, quick, network=False)
+# ---- 4. Crops and colours
+def our_crops(stack, quick):
+    """A side: milliseconds of SimCLR's crops of a batch of plates."""
+    args = simclr.parse_args(arguments("simclr", "", "plates", stack, quick))
+    stack.enter_context(simclr.process_group())
+    images = plates(quick)[0]
+    dataset = simclr.CroppedViews(images, [(1, args.image_size, args.crop)], args)
+    indices = list(range(args.batch_size))
+    return milliseconds(lambda: dataset[0, indices], quick)
 
 
-def lightly_step(name, options, stack, quick):
-    """A side: milliseconds of lightly's update on a batch of ready views."""
-    args = SCRIPTS[name].parse_args(arguments(name, options, "plates", stack, quick))
-    _, update = LIGHTLY[name](args)
-    sizes = [args.image_size] * 2
-    if name == "msn":
-        sizes = [args.image_size] * (1 + args.rand_views) + [args.focal_size] * args.focal_views
-    views = [torch.rand(args.batch_size, 3, size, size) for size in sizes]
-    update(views)
-
-    def take():
-        call = functools.partial(update, views)
-        return {"ms a step": 1000 * seconds_of(call, 0 if quick else 3)}
-
-    return take
+def torchvision_crops(stack, quick):
+    """A side: milliseconds of torchvision's crops of these plates, one after another."""
+    args = simclr.parse_args(arguments("simclr", "", "plates", stack, quick))
+    images = plates(quick)[0][: args.batch_size].expand(-1, 3, -1, -1).contiguous()
+    crop = v2.RandomResizedCrop(args.image_size, args.crop)
+    transform = v2.Compose([crop, v2.RandomHorizontalFlip(args.flip)])
+    return milliseconds(lambda: torch.stack([transform(image) for image in images]), quick)
 
 
-# ---- 4. Losses
-OUR_LOSSES = {
-    "nt-xent": simclr.nt_xent_loss,
-    "vicreg": lambda z1, z2: vicreg.vicreg_loss(z1, z2)[0],
-    "msn": lambda *inputs: msn.msn_loss(*inputs, sinkhorn=True)[0],
-}
+def milliseconds(call, quick):
+    """How a side measures the time of a call."""
+    call()
+    return lambda: {"ms": 1000 * seconds_of(call, 0 if quick else 1)}
 
 
-def lightly_losses():
-    """lightly's losses with the parameters of ours."""
-    from lightly.loss import MSNLoss, NTXentLoss, VICRegLoss
-
-    return {"nt-xent": NTXentLoss(temperature=0.1), "vicreg": VICRegLoss(), "msn": MSNLoss()}
-
-
-# kind, name, images, width of the embeddings
-LOSS_SIZES = [
-    ("nt-xent", "NT-Xent", 512, 128),
-    ("nt-xent", "NT-Xent", 4096, 128),
-    ("vicreg", "VICReg", 512, 512),
-    ("vicreg", "VICReg", 512, 2048),
-    ("vicreg", "VICReg", 2048, 512),
-    ("vicreg", "VICReg", 2048, 2048),
-    ("msn", "MSN, 11 anchors an image, 1,024 prototypes", 256, 256),
-]
-
-
-def loss_inputs(kind, N, D):
-    """Random embeddings of N images, D wide; for msn 11 anchors an image and 1,024 prototypes."""
-    if kind == "msn":
-        anchors = torch.randn(11 * N, D, requires_grad=True)
-        prototypes = torch.randn(1024, D, requires_grad=True)
-        return [anchors, torch.randn(N, D), prototypes]
-    return [torch.randn(N, D, requires_grad=True) for _ in range(2)]
-
-
-def loss_call(kind, ours, stack):
-    """A function of the loss's inputs: forward and backward. Ours in the scripts' process group."""
-    if ours:
-        stack.enter_context(simclr.process_group())
-    loss = OUR_LOSSES[kind] if ours else lightly_losses()[kind]
-    return lambda inputs: loss(*inputs).backward()
-
-
-def loss_time(kind, N, D, ours, stack, quick):
-    """A side: milliseconds of a loss, forward and backward."""
-    call = loss_call(kind, ours, stack)
-    inputs = loss_inputs(kind, 8 if quick else N, 8 if quick else D)
-    call(inputs)
-
-    def take():
-        seconds = seconds_of(functools.partial(call, inputs), 0 if quick else 0.5)
-        return {"ms": 1000 * seconds}
-
-    return take
-
-
-def loss_memory(kind, N, D, ours, stack, quick):
-    """A side: MiB that one call of a loss, forward and backward, adds to resident memory; a page
-    at least."""
-    call = loss_call(kind, ours, stack)
-    call(loss_inputs(kind, 8, 8))  # libraries allocate what they keep
-    inputs = loss_inputs(kind, 8 if quick else N, 8 if quick else D)
-
-    def take():
-        before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is the present again
-        call(inputs)
-        return {"MiB": max(resident("VmHWM") - before, 4 / 1024)}
-
-    return take
-
-
-def resident(field):
-    """Of this process's memory, MiB: VmRSS, now, or VmHWM, at most."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) / 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-# ---- 5. Colours
-STRENGTHS = [0.8, 0.8, 0.8, 0.2]
-SIGMA = [0.1, 2.0]  # pixels
-TAPS = 13  # of the blur: three times the widest sigma on either side
-
-
-class PillowBlur:
-    """Pillow's Gaussian blur of a random width."""
-
-    def __call__(self, image):
-        sigma = np.random.uniform(*SIGMA)
-        return image.filter(ImageFilter.GaussianBlur(sigma))
-
-
-def views_to_colour(size, number):
+def random_views(size, number, quick):
     """Smooth random uint8 views (number, 3, size, size)."""
-    coarse = torch.rand(number, 3, size // 8, size // 8)
-    return (255 * torch.nn.functional.interpolate(coarse, size=(size, size))).byte()
+    coarse = torch.rand(4 if quick else number, 3, size // 8, size // 8)
+    return (255 * F.interpolate(coarse, size=(size, size))).byte()
 
 
-def our_colours(size, number, blur, stack, quick):
-    """A side: images/s of photometry(). blur: probability."""
-    stack.enter_context(simclr.process_group())
-    number = 4 if quick else number
-    views = views_to_colour(size, number)
-
-    def call():
-        u = torch.rand(number, 13)
-        simclr.photometry(views, u, STRENGTHS, 0.2, blur, SIGMA, 0.2, 0.5)
-
-    call()
-    return lambda: {"images/s": number / seconds_of(call, 0 if quick else 1)}
+def our_colours(size, number, options, stack, quick):
+    """A side: milliseconds of SimCLR's colours, for one view of each image."""
+    args = simclr.parse_args(options.split())
+    device = stack.enter_context(simclr.process_group())
+    views = random_views(size, number, quick)[None]  # (1, B, 3, H, W)
+    return milliseconds(lambda: simclr.simclr_views(views, args, device), quick)
 
 
-def torchvision_colours(size, number, blur, stack, quick, pillow=False):
-    """A side: images/s of torchvision's transforms, image by image, of the same tensors, or of
-    Pillow images, the conversion to tensors included."""
-    number = 4 if quick else number
-    blurring = PillowBlur() if pillow else v2.GaussianBlur(TAPS, SIGMA)
-    to_float = v2.ToDtype(torch.float32, scale=True)
-    chain = [v2.RandomApply([v2.ColorJitter(*STRENGTHS)], 0.8), v2.RandomGrayscale(0.2)]
-    if blur:
-        chain.append(v2.RandomApply([blurring], blur))
-    chain.append(v2.RandomSolarize(128 if pillow else 0.5, 0.2))
-    images = list(views_to_colour(size, number))
-    if pillow:
-        images = [v2.functional.to_pil_image(image) for image in images]
-        chain += [v2.PILToTensor(), to_float]
-    else:
-        chain.insert(0, to_float)
+def torchvision_colours(size, number, options, stack, quick):
+    """A side: milliseconds of torchvision's transforms of these views, one after another."""
+    args = simclr.parse_args(options.split())
+    chain = [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.RandomApply([v2.ColorJitter(*args.jitter)], 0.8),
+        v2.RandomGrayscale(args.grey),
+        v2.RandomApply([v2.GaussianBlur(13, args.blur_sigma)], args.blur),  # taps as ours
+        v2.RandomSolarize(args.threshold, args.solarise),
+    ]
     transform = v2.Compose(chain)
-
-    def call():
-        torch.stack([transform(image) for image in images])
-
-    call()
-    return lambda: {"images/s": number / seconds_of(call, 0 if quick else 1)}
+    views = random_views(size, number, quick)
+    return milliseconds(lambda: torch.stack([transform(view) for view in views]), quick)
 
 
-# ---- 6. Share of the machine's matrix rate
-def matrix_rate(stack, quick):
-    """A side: GFLOP/s of the best of several float32 matrix products."""
-    size = 64 if quick else 2048
-    x = torch.randn(size, size)
-    torch.mm(x, x)
-
-    def take():
-        best = min(seconds_of(lambda: torch.mm(x, x), least=0) for _ in range(8))
-        return {"GFLOP/s": 2 * size**3 / best / 1e9}
-
-    return take
-
-
-def count_flops(call):
-    """Floating-point operations of a call: matrix products and convolutions."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        call()  # by that backend because those of the fused attention are not counted on CPUs
-    return counter.get_total_flops()
-
-
-def network_rate(kind, stack, quick):
-    """A side: GFLOP/s of a network's forward and backward pass, on 16 images of 224 pixels."""
-    stack.enter_context(simclr.process_group())
-    images = torch.randn(1 if quick else 16, 3, 224, 224)
-    if kind == "vit-s16":
-        network = msn.VisionTransformer(dim=384, depth=1 if quick else 12, heads=6)
-    else:
-        network = simclr.resnet("resnet18" if quick else "resnet50", 224)[0]
-        network = network.to(memory_format=torch.channels_last)
-
-    def call():
-        network(images).square().mean().backward()
-
-    flops = count_flops(call)
-    call()
-    return lambda: {"GFLOP/s": flops / seconds_of(call, 0 if quick else 5) / 1e9}
-
-
-def run_rate(name, batches, stack, quick):
-    """A side: GFLOP/s of a run on plates by default: operations of an update by the seconds from
-    one to the next."""
-    script = SCRIPTS[name]
-    given = arguments(name, "", "plates", stack, quick)
-    batch_size = script.parse_args(given).batch_size
-    step = getattr(script, f"{name}_step")
-    counted = []
-
-    def count(*inputs):
-        counted.append(count_flops(functools.partial(step, *inputs)))
-        return step(*inputs)
-
-    with mock.patch.object(script, f"{name}_step", count):
-        run_in_process(script, [*given, "--steps", "1"], quick)
-    run = our_run(name, "", "plates", batches, stack, quick)
-    return lambda: {"GFLOP/s": counted[0] / batch_size * run()["images/s"] / 1e9}
-
-
-# ---- 7. Sampler, folders
-def sampler_time(times, stack, quick):
-    """A side: milliseconds of a batch of 4,096 images of 960 classes, over an epoch of labels like
-    ImageNet's: 895 classes of 1,300 images, the others of 732 or more; all of them `times` over."""
-    sizes = np.concatenate([np.full(895, 1300), np.linspace(732, 1299, 105).astype(int)])
+# ---- 5. Sampler, data
+def sampler_time(stack, quick):
+    """A side: seconds until the sampler has made batch 93,600, the first of epoch 300 of labels as
+    many as ImageNet's, and milliseconds of each one after it."""
+    images, batch_size, k_classes, epoch = 1_281_167, 4096, 960, 300
     if quick:
-        sizes = sizes // 100
-    labels = np.repeat(np.arange(1000), sizes * times)
-    batches = sampler.KClassBatchSampler(labels, 1024 if quick else 4096, 960)
+        images, batch_size, epoch = 20_000, 1024, 2
+    labels = np.random.default_rng(0).integers(1000, size=images)
 
     def take():
         began = time.perf_counter()
-        number = sum(1 for _ in batches)
-        return {"ms a batch": 1000 * (time.perf_counter() - began) / number}
+        batches = sampler.KClassBatchSampler(labels, batch_size, k_classes)
+        batches.set_epoch(epoch)
+        following = iter(batches)
+        next(following)
+        started = time.perf_counter()
+        number = sum(1 for _ in following)
+        each = (time.perf_counter() - started) / number
+        return {"s until batch 93,600": started - began, "ms a batch": 1000 * each}
 
     return take
 
 
-def many_files(stack, quick):
-    """A folder of 200,000 empty files in 1,000 class folders."""
+def drawing(stack, quick):
+    """A side: seconds to draw the training plates."""
+    per_class = 1 if quick else 150
+    return lambda: {"s": seconds_of(lambda: sampler.draw_plates(per_class, 0), least=0)}
+
+
+def listing(stack, quick):
+    """A side: seconds to list the images of a folder of 1,000 classes, and their classes."""
     root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
     for number in range(10 if quick else 1000):
         folder = root / f"train/n{number:08}"
         folder.mkdir(parents=True)
         for image in range(20 if quick else 200):
             (folder / f"n{number:08}_{image}.JPEG").touch()
-    return root
-
-
-def our_listing(stack, quick):
-    """A side: seconds to list the images of a folder, and their classes."""
-    root = many_files(stack, quick)
-    sampler.open_data(root, "train")
     return lambda: {"s": seconds_of(lambda: sampler.open_data(root, "train"), least=0)}
 
 
-def scandir_listing(stack, quick):
-    """A side: seconds to walk a folder with os.scandir and nothing else."""
-    root = many_files(stack, quick)
-
-    def walk(folder):
-        return sum(walk(entry.path) if entry.is_dir() else 1 for entry in os.scandir(folder))
-
-    walk(root)
-    return lambda: {"s": seconds_of(lambda: walk(root), least=0)}
-
-
-# ---- 8. Whole programs
+# ---- 6. Whole programs
 # Prints what the command of its arguments took; a small program, so that the peak is not its own.
 WATCH = """
 import json, os, subprocess, sys, time
 began = time.time()
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 status, usage = os.wait4(process.pid, 0)[1:]
-used = dict(began=began, wall=time.time() - began, user=usage.ru_utime, system=usage.ru_stime)
-print(json.dumps(used | dict(status=status, peak=usage.ru_maxrss / 1024)))
+used = dict(status=status, began=began, wall=time.time() - began, peak=usage.ru_maxrss / 1024)
+print(json.dumps(used))
 """
 
 
-def watch(command, threads=THREADS):
-    """Run a command -> when it began, seconds of wall, user, system; peak resident memory, MiB."""
-    done = subprocess.run(
-        [sys.executable, "-c", WATCH, *map(str, command)],
-        env=OUTSIDE | {"OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-    )
-    used = json.loads(done.stdout)
-    if used["status"]:
-        raise RuntimeError(done.stderr[-1000:])
-    return used
+def run_program(name, options, quick, processes=1):
+    """Run a script on plates; its processes share the threads -> a dict: when it began, its wall
+    seconds, its peak resident memory (MiB), when it wrote the last line of its log, and its log."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    given = QUICK[name].split() if quick else []
+    with tempfile.TemporaryDirectory() as out:
+        command += [str(ROOT / f"{name}.py"), *given, *options, "--out", out]
+        done = subprocess.run(
+            [sys.executable, "-c", WATCH, *command],
+            env=OUTSIDE | {"OMP_NUM_THREADS": str(THREADS // processes)},
+            capture_output=True,
+            text=True,
+        )
+        used = json.loads(done.stdout)
+        if used["status"]:
+            raise RuntimeError(done.stderr[-1000:])
+        logged = (Path(out) / "log.jsonl").stat().st_mtime
+        return used | dict(logged=logged, log=read_log(out))
 
 
-def script_command(name, options, stack, quick, launcher=()):
-    """A script's command line and a new folder for it. Quick ones learn from a few files, since the
-    drawing of all plates takes long."""
-    out = stack.enter_context(tempfile.TemporaryDirectory())
-    data = "pictures" if quick else "plates"
-    given = arguments(name, "", data, stack, quick)
-    if quick:
-        given += ["--recipe", "plates", "--workers", "0"]
-    command = [sys.executable, *launcher, ROOT / f"{name}.py", *given, *options, "--out", out]
-    return command, Path(out)
-
-
-def processes(name, number, batches, stack, quick):
-    """A side: images/s of so many processes, which share two threads."""
-    batches = 1 if quick else batches
-    launcher = []
-    if number > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={number}"]
+def speed_of_processes(name, processes, stack, quick):
+    """A side: images/s of so many processes, after four batches."""
+    batches = 1 if quick else 4
     args = SCRIPTS[name].parse_args(arguments(name, "", "plates", stack, quick))
 
     def take():
-        with contextlib.ExitStack() as own:
-            command, out = script_command(name, length(batches), own, quick, launcher)
-            watch(command, threads=2 // number)
-            return {"images/s": speed_after(batches, read_log(out), args.batch_size)}
+        log = run_program(name, length(batches), quick, processes)["log"]
+        return {"images/s": speed_after(batches, log, args.batch_size)}
 
     return take
 
@@ -851,11 +559,8 @@ def first_step(stack, quick):
     """A side: seconds from the start of simclr.py to the end of its first step."""
 
     def take():
-        with contextlib.ExitStack() as own:
-            command, out = script_command("simclr", ["--steps", 1, "--epochs", 6], own, quick)
-            began = watch(command)["began"]
-            logged = (out / "log.jsonl").stat().st_mtime  # at the end of the step
-            return {"s": logged - began}
+        used = run_program("simclr", ["--steps", "1"], quick)
+        return {"s": used["logged"] - used["began"]}
 
     return take
 
@@ -863,62 +568,21 @@ def first_step(stack, quick):
 def imports(stack, quick):
     """A side: seconds of a process that imports torch and torchvision."""
     command = [sys.executable, "-c", "import torch, torchvision"]
-    return lambda: {"s": watch(command)["wall"]}
-
-
-def drawing(stack, quick):
-    """A side: seconds to draw the training plates."""
-    per_class = 1 if quick else 50
-    return lambda: {"s": seconds_of(lambda: sampler.draw_plates(per_class, 0), least=0)}
+    call = partial(subprocess.run, command, env=OUTSIDE, check=True)
+    return lambda: {"s": seconds_of(call, least=0)}
 
 
 def whole_run(name, options, stack, quick):
-    """A side: wall seconds, per cent of processor time in the kernel, peak memory of a script."""
+    """A side: wall seconds and peak memory of a script."""
 
     def take():
-        with contextlib.ExitStack() as own:
-            length = ["--steps", 2] if quick else options
-            used = watch(script_command(name, length, own, quick)[0])
-        kernel = 100 * used["system"] / (used["user"] + used["system"])
-        return {"s": used["wall"], "% in the kernel": kernel, "MiB at most": used["peak"]}
+        used = run_program(name, ["--steps", "2"] if quick else options, quick)
+        return {"s": used["wall"], "MiB at most": used["peak"]}
 
     return take
 
 
-def peak_memory(name, stack, quick):
-    """A side: peak resident memory, MiB, of ten steps of a script."""
-    run = whole_run(name, ["--steps", 10], stack, quick)
-    return lambda: {"MiB at most": run()["MiB at most"]}
-
-
-# ---- 9. Ratios within a script
-def mask_step(
-    ratio, stack=None, quick=False, batch_size=16, image_size=224, clock=time.perf_counter, **sizes
-):
-    """A side: seconds of a step of mae.py with ViT-B/16 (or of `sizes`) at a mask ratio. None: that
-    at which all patches but one are encoded; of all of them no loss is left."""
-    if quick:
-        batch_size = 1
-        sizes = dict(dim=16, depth=1, heads=2, decoder_dim=8, decoder_depth=1, decoder_heads=1)
-    model = mae.MAE(image_size, norm_pix_loss=True, **sizes)
-    optimizer = torch.optim.AdamW(
-        mae.parameter_groups(model), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05
-    )
-    images = torch.randn(batch_size, 3, image_size, image_size)
-    patches = model.pos_embed.shape[1] - 1
-    args = types.SimpleNamespace(mask_ratio=ratio or 1 / patches, bf16=False)
-
-    def take():
-        noise = torch.rand(batch_size, patches)
-        began = clock()
-        mae.mae_step(model, optimizer, images, noise, 1e-4, args)
-        return {"s a step": clock() - began}
-
-    take()  # the first one warms up
-    return take
-
-
-# ---- 10. Rows
+# ---- 7. Rows
 @dataclasses.dataclass
 class Row:
     """What is measured. sides: {name: function (stack, quick) -> take}, and take() measures once
@@ -930,19 +594,13 @@ class Row:
     sides: dict
     threads: int = THREADS
     rounds: int = 100  # at most
-    fresh: bool = False  # a new process for each round
 
 
 GROUPS = {
     "plates": "Training on plates, end to end: the recipe `plates` of each script, 32 pixels",
     "files": "Training with larger views, on JPEG files of 500 x 375 pixels or plates",
-    "loaders": "Loader and colours alone, JPEG files of 500 x 375 pixels",
-    "steps": "Steps alone, on a batch of ready views: forward, loss, backward, optimiser",
-    "loss": "Losses alone, forward and backward",
-    "memory": "Peak memory of a loss, forward and backward, above that before it",
-    "colours": "Colours alone, one thread: `photometry()` and torchvision's transforms",
-    "share": "Share of the machine's matrix rate: ours by a float32 product of 2,048 x 2,048",
-    "data": "Sampler and folders",
+    "views": "Crops and colours alone, one thread: a call for the batch, or one for each image",
+    "data": "Sampler and data",
     "processes": "Two processes of one thread and one process of two threads",
     "start": "Start-up of `python simclr.py`",
     "whole": "Whole programs",
@@ -951,165 +609,81 @@ GROUPS = {
 ROWS = {}
 
 
-def against_lightly(ours, lightly, *given):
+def against_lightly(*given):
     """Sides with the same parameters."""
-    return {
-        "ours": functools.partial(ours, *given),
-        "lightly": functools.partial(lightly, *given),
-    }
+    sides = {"ours": partial(our_run, *given)}
+    if given[0] in LIGHTLY:
+        sides["lightly"] = partial(lightly_run, *given)
+    return sides
 
 
-def register_runs():
+def register_rows():
     for name in SCRIPTS:
-        sides = against_lightly(our_run, lightly_run, name, "", "plates", PLATES_BATCHES)
-        if name not in LIGHTLY:
-            del sides["lightly"]
-        ROWS[f"plates-{name}"] = Row("plates", f"{name}.py", sides)
+        ROWS[f"plates-{name}"] = Row("plates", f"{name}.py", against_lightly(name, "", "plates", 3))
 
-    sides = against_lightly(our_run, lightly_run, "simclr", SIMCLR_224, "pictures", 6)
+    sides = against_lightly("simclr", SIMCLR_224, "pictures", 6)
     ROWS["simclr-224"] = Row("files", "SimCLR on files, small network, 224 px", sides)
-    sides = against_lightly(our_run, lightly_run, "mae", MAE_224, "pictures", 3)
+    sides = against_lightly("mae", MAE_224, "pictures", 3)
     ROWS["mae-224"] = Row("files", "MAE on files, ViT-S/16, 224 px", sides)
-    sides = against_lightly(our_run, lightly_run, "msn", MSN_64, "plates", 3)
+    sides = against_lightly("msn", MSN_64, "plates", 3)
     ROWS["msn-64"] = Row("files", "MSN on plates, 2 views of 64 px and 10 of 32", sides)
 
-
-def register_parts_of_steps():
-    loaders = dict(simclr="SimCLR, 2 views of 224 px", msn="MSN, 2 views of 224 px and 10 of 96")
-    for name, text in loaders.items():
-        given = (name, "--batch-size 32", 12)
-        sides = against_lightly(our_loader, lightly_loader, *given)
-        ROWS[f"loader-{name}"] = Row("loaders", text, sides)
-        ROWS[f"loader-{name}-1"] = Row("loaders", f"{text}; one thread colours", sides, threads=1)
-
-    steps = {
-        "simclr": ("--batch-size 512", "SimCLR, small network, 512 images of 32 px"),
-        "vicreg": ("--batch-size 512", "VICReg, small network, 512 images of 32 px"),
-        "msn": (MSN_64, "MSN, 32 images, 2 views of 64 px and 10 of 32"),
+    sides = {"ours": our_crops, "torchvision": torchvision_crops}
+    ROWS["crops-plates"] = Row("views", "crops of 1,024 plates", sides, threads=1)
+    colours = {
+        "colours-plates": (32, 1024, "", "colours of 1,024 plates: two jitters, solarisation"),
+        "colours-all": (224, 64, "--recipe paper --solarise 0.2", "all colours of 64 x 224 px"),
     }
-    for name, (options, text) in steps.items():
-        sides = against_lightly(our_step, lightly_step, name, options)
-        ROWS[f"step-{name}"] = Row("steps", text, sides)
+    for row, (size, number, options, text) in colours.items():
+        sides = {
+            "ours": partial(our_colours, size, number, options),
+            "torchvision": partial(torchvision_colours, size, number, options),
+        }
+        ROWS[row] = Row("views", text, sides, threads=1)
 
-    for kind, text, N, D in LOSS_SIZES:
-        text = f"{text}, {N:,} images, width {D:,}"
-        for what, measured in (("loss", loss_time), ("memory", loss_memory)):
-            sides = {
-                "ours": functools.partial(measured, kind, N, D, True),
-                "lightly": functools.partial(measured, kind, N, D, False),
-            }
-            ROWS[f"{what}-{kind}-{N}-{D}"] = Row(what, text, sides)
-        ROWS[f"memory-{kind}-{N}-{D}"].fresh = True
-        ROWS[f"memory-{kind}-{N}-{D}"].rounds = 3
-
-    for size, number in ((32, 1024), (224, 64)):
-        for ending, blur in (("", 0.0), ("-blur", 0.5)):
-            sides = {
-                "ours": functools.partial(our_colours, size, number, blur),
-                "torchvision": functools.partial(torchvision_colours, size, number, blur),
-                "Pillow": functools.partial(torchvision_colours, size, number, blur, pillow=True),
-            }
-            text = f"{number:,} images of {size} px, {'with' if blur else 'no'} blur"
-            ROWS[f"colours-{size}{ending}"] = Row("colours", text, sides, threads=1)
-
-
-def register_shares():
-    rates = {
-        "ViT-S/16, 16 images of 224 px": functools.partial(network_rate, "vit-s16"),
-        "ResNet-50, 16 images of 224 px": functools.partial(network_rate, "resnet50"),
-    }
-    names = ["share-vit-s16", "share-resnet50"]
-    for name in ("simclr", "vicreg", "msn", "mae", "data2vec"):
-        rate = functools.partial(run_rate, name, PLATES_BATCHES)
-        rates[f"{name}.py on plates, end to end"] = rate
-        names.append(f"share-{name}")
-    for row, (text, rate) in zip(names, rates.items()):
-        ROWS[row] = Row("share", text, {"ours": rate, "matrix product": matrix_rate})
-
-
-def register_programs():
-    for name, times in {"sampler": 1, "sampler-large": 10}.items():
-        text = f"Batches of 4,096 images of 960 classes, {1.27 * times:.3g} million labels"
-        ROWS[name] = Row("data", text, {"ours": functools.partial(sampler_time, times)})
-    sides = {"ours": our_listing, "os.scandir": scandir_listing}
-    ROWS["listing"] = Row("data", "Listing 200,000 files in 1,000 folders", sides)
+    text = "Batches of 4,096 images of 960 classes, of 1,281,167 labels"
+    ROWS["sampler-late"] = Row("data", text, {"ours": sampler_time}, rounds=3)
+    ROWS["drawing"] = Row("data", "Drawing 150,000 plates", {"ours": drawing})
+    ROWS["listing"] = Row("data", "Listing 200,000 files in 1,000 folders", {"ours": listing})
 
     for name in ("simclr", "msn"):
         sides = {
-            "two processes": functools.partial(processes, name, 2, 4),
-            "one process": functools.partial(processes, name, 1, 4),
+            "two processes": partial(speed_of_processes, name, 2),
+            "one process": partial(speed_of_processes, name, 1),
         }
         ROWS[f"processes-{name}"] = Row("processes", f"{name}.py on plates", sides)
 
     sides = {"ours": first_step, "import torch, torchvision": imports}
     ROWS["start-up"] = Row("start", "From the start to the end of the first step", sides)
-    ROWS["start-plates"] = Row("start", "Of which drawing the plates", {"ours": drawing})
 
-    sides = {"ours": functools.partial(whole_run, "simclr", [])}
+    sides = {"ours": partial(whole_run, "simclr", [])}
     ROWS["whole-simclr"] = Row("whole", "python simclr.py", sides, rounds=1)
     for name in SCRIPTS:
-        sides = {"ours": functools.partial(peak_memory, name)}
-        ROWS[f"peak-{name}"] = Row("whole", f"Ten steps of python {name}.py", sides, rounds=1)
+        sides = {"ours": partial(whole_run, name, ["--steps", "10"])}
+        ROWS[f"ten-{name}"] = Row("whole", f"Ten steps of python {name}.py", sides, rounds=1)
+
+    sides = {}
+    for side, ratio in {"the first": 0.75, "the second": 0.01}.items():
+        options = f"{MAE_224} --mask-ratio {ratio}"
+        sides[side] = partial(our_run, "mae", options, "plates", 1)
+    ROWS["mask"] = Row("ways", "MAE on plates, ViT-S/16, 224 px, mask ratio 0.75 and 0.01", sides)
 
 
-def register_ways():
-    sides = {
-        "the first": functools.partial(mask_step, 0.75),
-        "the second": functools.partial(mask_step, None),
-    }
-    ROWS["mask"] = Row("ways", "mae.py, ViT-B/16, mask ratio 0.75 and 0", sides)
-    for name in ("msn", "mae", "data2vec"):
-        sides = {
-            "the first": functools.partial(our_run, name, "--bf16", "plates", PLATES_BATCHES),
-            "the second": functools.partial(our_run, name, "--no-bf16", "plates", PLATES_BATCHES),
-        }
-        ROWS[f"bf16-{name}"] = Row("ways", f"{name}.py on plates, --bf16 and --no-bf16", sides)
-
-    run = functools.partial(lightly_run, "simclr", "", "plates", PLATES_BATCHES)
-    sides = {
-        "the first": functools.partial(run, workers=2),
-        "the second": functools.partial(run, workers=0),
-    }
-    text = "lightly's SimCLR on plates, 2 loader processes and none"
-    ROWS["lightly-workers"] = Row("ways", text, sides)
+register_rows()
 
 
-register_runs()
-register_parts_of_steps()
-register_shares()
-register_programs()
-register_ways()
-TRAFFIC = "traffic"  # a row of its own kind: tests/traffic.py, if it is there, makes its table
-TRAFFIC_TEXT = "Traffic between processes"
-
-
-def needs_lightly(name):
-    return name == "lightly-workers" or (name in ROWS and "lightly" in ROWS[name].sides)
-
-
-# ---- 11. Measuring
+# ---- 8. Measuring
 def measure(name, rounds, quick=False):
     """{unit: {side: [the number of each round]}} of a row, whose sides take turns."""
-    row = ROWS[name]
     open_side = in_this_process if quick else in_another_process
     values = {}
     with contextlib.ExitStack() as stack:
-        takes = {}
-        for side in row.sides:
-            if row.fresh:
-                takes[side] = functools.partial(take_once, open_side, name, side, quick)
-            else:
-                takes[side] = stack.enter_context(open_side(name, side, quick))
-        for _ in range(min(rounds, row.rounds)):
-            for side, take in takes.items():
+        sides = {s: stack.enter_context(open_side(name, s, quick)) for s in ROWS[name].sides}
+        for _ in range(min(rounds, ROWS[name].rounds)):
+            for side, take in sides.items():
                 for unit, number in take().items():
                     values.setdefault(unit, {}).setdefault(side, []).append(number)
     return values
-
-
-def take_once(open_side, name, side, quick):
-    with open_side(name, side, quick) as take:
-        return take()
 
 
 @contextlib.contextmanager
@@ -1120,50 +694,28 @@ def in_this_process(name, side, quick):
 
 @contextlib.contextmanager
 def in_another_process(name, side, quick):
-    """Yields a function that has the process measure once. Idle, it waits for a line."""
-    foreign = side in ("lightly", "torchvision", "Pillow") or name == "lightly-workers"
+    """Yields a function that has the process measure once. Idle, it waits for the next call."""
+    foreign = side in ("lightly", "torchvision")
     environment = dict(OUTSIDE if foreign else os.environ)
     environment["OMP_NUM_THREADS"] = str(ROWS[name].threads)
-    command = [sys.executable, __file__, "--serve", name, side, *(["--quick"] if quick else [])]
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        )
-
-        def answer(request):
-            try:
-                process.stdin.write(request)
-                process.stdin.flush()
-                return json.loads(process.stdout.readline())
-            except (BrokenPipeError, ValueError):  # it has ended
-                process.wait()
-                errors.seek(0)
-                reason = errors.read().strip()[-2000:]
-                raise RuntimeError(f"side {side} ended:\n{reason}") from None
-
-        try:
-            answer("")  # it has prepared
-            yield functools.partial(answer, "go\n")
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
-            process.wait()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        with mock.patch.dict(os.environ, environment, clear=True):
+            process.submit(prepare, name, side, quick).result()
+        yield lambda: process.submit(take_once).result()
 
 
-def serve(name, side, quick):
-    """Measure once for each line of stdin, and answer with a line of JSON; {} when prepared."""
-    answers = sys.stdout
-    sys.stdout = sys.stderr
-    with contextlib.ExitStack() as stack:
-        take = ROWS[name].sides[side](stack, quick)
-        print("{}", file=answers, flush=True)
-        for _ in sys.stdin:
-            print(json.dumps(take()), file=answers, flush=True)
+# In the process of a side: what it keeps open to its end, and the function that measures.
+OPEN = contextlib.ExitStack()
+TAKE = []
+
+
+def prepare(name, side, quick):
+    atexit.register(OPEN.close)
+    TAKE.append(ROWS[name].sides[side](OPEN, quick))
+
+
+def take_once():
+    return TAKE[0]()
 
 
 def summarise(values):
@@ -1184,43 +736,34 @@ def summarise(values):
 
 def result(name, rounds, quick):
     """The line of a row: where, when and what."""
-    line = dict(row=name, commit=commit(), date=time.strftime("%Y-%m-%d"), **machine())
-    if name == TRAFFIC:
-        import traffic
-
-        return line | dict(table=traffic.table(), rows=traffic.rows())
     values = measure(name, rounds, quick)
+    line = dict(row=name, commit=commit(), date=time.strftime("%Y-%m-%d"), **machine())
     return line | summarise(values) | dict(rounds=values)
 
 
-@functools.cache
+@cache
 def commit():
-    """Of the checkout; with -dirty if its programs differ."""
+    """Of the checkout, with -dirty if its programs differ; "unknown" without git or a checkout."""
     git = ["git", "-C", str(ROOT)]
     try:
-        command = [*git, "rev-parse", "--short", "HEAD"]
-        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        differ = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
+        head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    differ = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode
     return f"{head}-dirty" if differ else head
 
 
-@functools.cache
+@cache
 def machine():
     """Cores that this process may use, the processor's model, versions."""
-    model = platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.split(":", 1)[1].strip()
-            break
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     versions = dict(torch=torch.__version__)
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         versions["lightly"] = importlib.metadata.version("lightly")
-    return dict(cores=CORES, cpu=model) | versions
+    return dict(cores=CORES, cpu=model[1] if model else platform.machine()) | versions
 
 
-# ---- 12. Results
+# ---- 9. Results
 def read_results(path):
     """{row: line} of a results file; {} if there is none."""
     if not path.exists():
@@ -1232,7 +775,7 @@ def read_results(path):
 def write_results(folder, results):
     """benchmarks.jsonl, in the order of the rows, and benchmarks.md. A kill leaves whole files."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(results[name]) for name in [*ROWS, TRAFFIC] if name in results]
+    lines = [json.dumps(results[name]) for name in ROWS if name in results]
     texts = {"benchmarks.jsonl": "\n".join(lines) + "\n", "benchmarks.md": page(results)}
     for name, text in texts.items():
         partial = folder / f"{name}.partial"
@@ -1262,8 +805,6 @@ def page(results):
         lines = [results[name] for name in ROWS if name in results and ROWS[name].group == group]
         if lines:
             parts += [f"## {title}", table(lines)]
-    if TRAFFIC in results:
-        parts += [f"## {TRAFFIC_TEXT}", results[TRAFFIC]["table"].strip()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -1291,7 +832,7 @@ def number(x):
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-# ---- 13. Command line
+# ---- 10. Command line
 def fail(message):
     print(f"benchmark.py: error: {message}", file=sys.stderr)
     sys.exit(2)
@@ -1299,19 +840,13 @@ def fail(message):
 
 def chosen_rows(only, missing, results):
     """Names of the rows to measure. only: names or beginnings of names; None: all."""
-    there = importlib.util.find_spec(TRAFFIC) is not None
-    names = [*ROWS, TRAFFIC] if there else [*ROWS]
-    if only:
-        chosen = set()
-        for start in only:
-            found = {start} & set(names) or {name for name in names if name.startswith(start)}
-            if not found:
-                fail(f"--only {start}: no row has such a name: see --list")
-            chosen |= found
-        names = [name for name in names if name in chosen]
+    for start in only or ():
+        if not any(name.startswith(start) for name in ROWS):
+            fail(f"--only {start}: no row has such a name: see --list")
+    names = [name for name in ROWS if name.startswith(tuple(only or [""]))]
     if missing:
         names = [name for name in names if name not in results]
-    lacking = [name for name in names if needs_lightly(name)]
+    lacking = [name for name in names if "lightly" in ROWS[name].sides]
     if lacking and importlib.util.find_spec("lightly") is None:
         fail(f"{len(lacking)} rows, {lacking[0]} among them, need lightly: {INSTALL}")
     return names
@@ -1328,22 +863,17 @@ def parse_args(argv):
     p.add_argument("--quick", action="store_true",
                    help="a test of all rows: tiny sizes, one round, one process")  # fmt: skip
     p.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of both files")
-    p.add_argument("--serve", nargs=2, metavar=("ROW", "SIDE"), help=argparse.SUPPRESS)
     args = p.parse_args(argv)
-    if args.quick and not args.serve and args.out.resolve() == (ROOT / "docs").resolve():
+    if args.quick and args.out.resolve() == (ROOT / "docs").resolve():
         fail("--quick: its numbers mean nothing: give another --out than docs")
     return args
 
 
 def main(argv=None):
     args = parse_args(argv)
-    if args.serve:
-        serve(*args.serve, args.quick)
-        return
     if args.list:
         for name, row in ROWS.items():
-            print(f"{name:24}{GROUPS[row.group].split(':')[0]}: {row.text}")
-        print(f"{TRAFFIC:24}{TRAFFIC_TEXT}")
+            print(f"{name:20}{GROUPS[row.group].split(':')[0]}: {row.text}")
         return
     path = args.out / "benchmarks.jsonl"
     failed = []
@@ -1351,12 +881,12 @@ def main(argv=None):
         began = time.time()
         try:
             line = result(name, 1 if args.quick else args.rounds, args.quick)
-        except RuntimeError as error:
+        except (Exception, SystemExit) as error:  # the other rows can still be measured
             failed.append(name)
-            print(f"{name}: {error}", file=sys.stderr, flush=True)
+            print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
             continue
         write_results(args.out, read_results(path) | {name: line})
-        print(f"{name}: {json.dumps(line.get('median'))} ({time.time() - began:.0f} s)", flush=True)
+        print(f"{name}: {json.dumps(line['median'])} ({time.time() - began:.0f} s)", flush=True)
     if failed:
         sys.exit(f"benchmark.py: failed: {', '.join(failed)}")
 

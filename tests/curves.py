@@ -3,13 +3,21 @@
     python tests/curves.py runs/msn/log.jsonl --out msn-log.png
     python tests/curves.py docs/logs/simclr.jsonl docs/logs/simclr-rate.jsonl --out simclr-log.png
     python tests/curves.py runs/a/log.jsonl runs/b/log.jsonl --show loss lr --out rates.png
+    python tests/curves.py runs/pmsn/log.jsonl --prior runs/pmsn/checkpoint.pt --out prior.png
 
-A panel for each quantity, a curve for each log, of its first file's length.
+A panel for each quantity, a curve for each log, of its first file's length. With --prior one more
+panel: the mean prediction of MSN or PMSN over the prototypes, of the target network and unaltered
+pictures, beside the prior, each from the largest share to the smallest.
 """
 
 import argparse
 import json
 from pathlib import Path
+
+import prototypes
+import torch
+
+import pmsn
 
 # What tells most of a method, of those that a log has.
 TELLING = ("loss", "embedding_std", "variance", "entropy", "information", "kl", "target_std")
@@ -17,10 +25,9 @@ COLOURS = ("tab:blue", "tab:red", "tab:green", "tab:orange")
 
 
 def read_log(path):
-    """{quantity: list of numbers} of a log; quantities that are lists, as usage, are left out."""
+    """{quantity: list of numbers} of a log."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    names = [name for name, value in lines[0].items() if not isinstance(value, list)]
-    return {name: [line[name] for line in lines] for name in names}
+    return {name: [line[name] for line in lines] for name in lines[0]}
 
 
 def title_of(path):
@@ -28,8 +35,19 @@ def title_of(path):
     return path.parent.name if path.stem == "log" else path.stem
 
 
-def draw(paths, show=None):
-    """The figure; show: names of quantities, None: TELLING's."""
+def mean_prediction(checkpoint, data):
+    """The mean over pictures of softmax(cosine similarity / temperature), and the prior: (K,)."""
+    target, options = prototypes.load_target(checkpoint)
+    images, _ = prototypes.open_pictures(data, options.image_size)
+    similarity = prototypes.similarities(target, options, images)
+    predicted = (similarity / options.temperature).softmax(dim=1).mean(dim=0)
+    if hasattr(options, "exponent"):
+        return predicted, pmsn.prior_of(options)
+    return predicted, torch.full_like(predicted, 1 / len(predicted))
+
+
+def draw(paths, show=None, checkpoint=None, data="plates"):
+    """The figure; show: names of quantities, None: TELLING's; checkpoint: for the prior's panel."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -38,8 +56,9 @@ def draw(paths, show=None):
     logs = {title_of(path): read_log(path) for path in paths}
     first = next(iter(logs.values()))
     show = show or [name for name in TELLING if name in first]
+    panels = len(show) + (checkpoint is not None)
     figure, axes = plt.subplots(
-        1, len(show), figsize=(3.2 * len(show), 2.6), dpi=120, layout="constrained", squeeze=False
+        1, panels, figsize=(3.2 * panels, 2.6), dpi=120, layout="constrained", squeeze=False
     )
     for axis, name in zip(axes[0], show):
         for (title, log), colour in zip(logs.items(), COLOURS):
@@ -50,6 +69,13 @@ def draw(paths, show=None):
         axis.set_title(name)
         axis.set_xlabel("step")
         axis.set_xlim(0, first["step"][-1])
+    if checkpoint:
+        predicted, prior = mean_prediction(checkpoint, data)
+        axes[0, -1].plot(predicted.sort(descending=True).values, color="tab:red", label="used")
+        axes[0, -1].plot(prior.sort(descending=True).values, color="black", label="prior")
+        axes[0, -1].set(title="prototypes' shares", xlabel="rank", yscale="log")
+        axes[0, -1].legend(frameon=False)
+    for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False)
     return figure
@@ -61,9 +87,12 @@ def main(argv=None):
     )
     p.add_argument("logs", type=Path, nargs="+", help="log.jsonl of runs")
     p.add_argument("--show", nargs="+", help="quantities of the logs; default: the telling ones")
+    p.add_argument("--prior", type=Path, help="checkpoint of msn.py or pmsn.py: the prior's panel")
+    p.add_argument("--data", default="plates", help="of that checkpoint, as prototypes.py's")
     p.add_argument("--out", type=Path, required=True, help="PNG file")
     args = p.parse_args(argv)
-    draw(args.logs, args.show).savefig(args.out, metadata={"Software": None})
+    figure = draw(args.logs, args.show, args.prior, args.data)
+    figure.savefig(args.out, metadata={"Software": None})
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """What do the prototypes of a run of msn.py or pmsn.py hold?
 
     python tests/prototypes.py runs/msn/checkpoint.pt
+    python tests/prototypes.py runs/mine/checkpoint.pt --data EMOJI
 
-Every picture of the balanced test set of plates goes to its nearest prototype, by the embeddings of
-the target network. Printed, and written as prototypes.json beside the checkpoint:
+Every picture goes to its nearest prototype, by the embeddings of the target network. Pictures are
+the balanced test set of plates or CIFAR, or 2,000 of a folder's train/. Beside the checkpoint come
+prototypes.png, a row of ten pictures for each `shown` prototype, and prototypes.json:
 
 used         how many prototypes have a picture
 effective    exp of the entropy of their shares: so many prototypes, equally used, have this entropy
-information  per cent of the entropy of a label that the prototype tells: mutual information of
-             prototype and class, each digit, count and size. Of the class's 1,000 values there are
-             ten pictures each, so part of that is chance: compare it between runs alone.
-shares       per cent of a prototype's ten nearest pictures that have the most common first digit,
-             count and size among them, a mean over the prototypes in use
+information  per cent of the entropy of a label that the prototype tells: their mutual information.
+             Of a class of plates there are only ten pictures, so part of that is chance: compare
+             it between runs alone.
+shares       per cent of a prototype's ten nearest pictures that have the most common label among
+             them, a mean over the prototypes in use
 chance       the same for ten pictures drawn at random
 shown        the pictures (indices) nearest to twelve prototypes, which are picked at even ranks of
              those in use, from the most to the least used
@@ -26,14 +28,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.stats import entropy, mode
+from sklearn.metrics import mutual_info_score
+from torchvision.transforms import v2
+from torchvision.utils import save_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import msn
 import sampler
 
-LABELS = ("first digit", "count", "size")
 PICKED = 12  # prototypes of the picture
 NEAREST = 10  # pictures of each
+MOST = 2000  # of a folder's pictures
 
 
 def load_target(path):
@@ -49,8 +55,27 @@ def load_target(path):
     return target.eval(), options
 
 
+def open_pictures(data, size):
+    """Pictures (N, C, size, size) uint8 and labels {name: (N,)}."""
+    to_size = v2.Compose([v2.Resize(size), v2.CenterCrop(size)])
+    if data in sampler.IN_MEMORY:
+        images, labels = sampler.open_data(data, "val")
+        images = to_size(images)
+    else:
+        paths, labels = sampler.open_data(data, "train")
+        some = np.random.default_rng(0).permutation(len(paths))[:MOST]
+        images = torch.stack([to_size(msn.read_image(paths[i])) for i in some])
+        labels = {"class": labels["class"][some]}
+    labels = {name: label.numpy() for name, label in labels.items()}
+    if data == "plates":
+        first, middle, last = labels.pop("digits").T
+        digits = {"first digit": first, "middle digit": middle, "last digit": last}
+        labels = {"class": labels.pop("number")} | digits | labels
+    return images, labels
+
+
 def similarities(target, options, images):
-    """Grey plates (N, 1, 32, 32) uint8 -> cosine similarities to the prototypes (N, K)."""
+    """Pictures (N, C, H, W) uint8 -> cosine similarities to the prototypes (N, K)."""
     found = []
     with torch.no_grad():
         for part in images.split(500):
@@ -58,41 +83,6 @@ def similarities(target, options, images):
             z, prototypes = target([msn.normalise(pixels, options.standardise)])
             found.append(F.normalize(z) @ F.normalize(prototypes).T)
     return torch.cat(found)
-
-
-def labels_by_name(labels):
-    """draw_plates's labels as {name: (N,) array}."""
-    digits = labels["digits"].numpy()
-    return {
-        "class": labels["number"].numpy(),
-        "first digit": digits[:, 0],
-        "middle digit": digits[:, 1],
-        "last digit": digits[:, 2],
-        "count": labels["count"].numpy(),
-        "size": labels["size"].numpy(),
-    }
-
-
-def entropy(p):
-    """Of probabilities, in nats."""
-    p = p[p > 0]
-    return -(p * np.log(p)).sum()
-
-
-def told(prototype, label):
-    """Per cent of the entropy of N labels that their pictures' prototypes tell: mutual information
-    of two arrays (N,) of integers, by the second's entropy."""
-    joint = np.zeros((prototype.max() + 1, label.max() + 1))
-    np.add.at(joint, (prototype, label), 1 / len(label))
-    rows = joint.sum(axis=1)
-    columns = joint.sum(axis=0)
-    return 100 * (entropy(rows) + entropy(columns) - entropy(joint)) / entropy(columns)
-
-
-def most_common_share(labels):
-    """Per cent of each row (R, N) of integers that has the row's most common value -> (R,)."""
-    counts = np.stack([(labels == value).sum(axis=1) for value in range(labels.max() + 1)])
-    return 100 * counts.max(axis=0) / labels.shape[1]
 
 
 def describe(similarity, labels):
@@ -104,16 +94,20 @@ def describe(similarity, labels):
     nearest = similarity.T[by_use].topk(NEAREST).indices.numpy()  # (used, NEAREST)
     picked = np.linspace(0, len(by_use) - 1, min(PICKED, len(by_use))).round().astype(int)
     random = np.random.default_rng(0).integers(len(prototype), size=(10_000, NEAREST))
-
-    def shares(pictures):
-        return {name: most_common_share(labels[name][pictures]).mean() for name in LABELS}
-
+    information = {}
+    shares = {}
+    chance = {}
+    for name, label in labels.items():
+        told = mutual_info_score(prototype, label) / entropy(np.bincount(label))
+        information[name] = 100 * float(told)
+        shares[name] = 100 / NEAREST * float(mode(label[nearest], axis=1).count.mean())
+        chance[name] = 100 / NEAREST * float(mode(label[random], axis=1).count.mean())
     return dict(
         used=len(by_use),
-        effective=float(np.exp(entropy(images_each / images_each.sum()))),
-        information={name: told(prototype, label) for name, label in labels.items()},
-        shares=shares(nearest),
-        chance=shares(random),
+        effective=float(np.exp(entropy(images_each))),
+        information=information,
+        shares=shares,
+        chance=chance,
         shown=nearest[picked].tolist(),
     )
 
@@ -122,17 +116,18 @@ def main(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("checkpoint", type=Path, help="checkpoint.pt of a run on plates")
+    p.add_argument("checkpoint", type=Path, help="checkpoint.pt of msn.py or pmsn.py")
+    p.add_argument("--data", default="plates", help="plates, cifar10, cifar100 or a folder")
     args = p.parse_args(argv)
     target, options = load_target(args.checkpoint)
-    images, labels = sampler.open_data("plates", "val")
-    found = describe(similarities(target, options, images), labels_by_name(labels))
+    images, labels = open_pictures(args.data, options.image_size)
+    found = describe(similarities(target, options, images), labels)
     args.checkpoint.with_name("prototypes.json").write_text(json.dumps(found) + "\n")
-    for name in ("used", "effective", "information", "shares", "chance"):
-        value = found[name]
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {x:.1f}" for key, x in value.items())
-        print(f"{name:12} {value if isinstance(value, (str, int)) else round(value, 1)}")
+    pictures = images[np.ravel(found["shown"])].float() / 255
+    save_image(pictures, args.checkpoint.with_name("prototypes.png"), nrow=NEAREST)
+    print(f"used         {found['used']}\neffective    {found['effective']:.1f}")
+    for name in ("information", "shares", "chance"):
+        print(f"{name:12} {', '.join(f'{key} {x:.1f}' for key, x in found[name].items())}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""sampler.py: data sets, what a batch holds, what an epoch adds up to, processes, bad input, speed,
-the prior."""
+"""sampler.py: what batches hold over a whole run, bad input, plates, tails, folders, the prior."""
 
+import itertools
 import json
 import math
 import re
 import time
-import tracemalloc
-from itertools import islice
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -14,229 +13,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import DataLoader, TensorDataset
 
 from sampler import (
     KClassBatchSampler,
     draw_plates,
     long_tail,
+    long_tailed_sizes,
     open_data,
-    open_prior,
     power_law_prior,
 )
 
-GOLDEN = Path(__file__).parent / "golden" / "power_law.npz"
-
-
-# ---- 1. Data sets
-
-
-@pytest.fixture(scope="module")
-def plates():
-    """The training set of plates, its labels, and the seconds that it took."""
-    start = time.process_time()  # of this process: other programs do not count
-    images, labels = draw_plates(50, seed=0)
-    return images, labels, time.process_time() - start
-
-
-def test_plates_are_drawn_in_seconds(plates):
-    images, labels, seconds = plates
-    assert seconds < 15  # 2.5 s alone; threads that wait count too
-    assert images.shape == (50_000, 1, 32, 32) and images.dtype == torch.uint8
-    number, digits, count, size = (labels[k] for k in ("number", "digits", "count", "size"))
-    assert next(iter(labels)) == "number"  # the class
-    assert torch.equal(number.bincount(), torch.full([1000], 50))
-    assert torch.equal(digits @ torch.tensor([100, 10, 1]), number)
-    assert digits.shape == (50_000, 3) and digits.min() == 0 and digits.max() == 9
-    for bins, labels in ((4, count), (3, size)):  # near uniform: 5 standard deviations
-        share = labels.bincount(minlength=bins) / 50_000
-        assert len(share) == bins and (share - 1 / bins).abs().max() < 5 * (0.25 / 50_000) ** 0.5
-
-
-def test_plates_follow_from_their_seed():
-    torch.manual_seed(1)
-    images, labels = draw_plates(2, seed=3)
-    state = torch.get_rng_state()
-    again, same = draw_plates(2, seed=3)
-    assert torch.equal(torch.get_rng_state(), state)  # numbers of its own
-    other, _ = draw_plates(2, seed=4)
-    assert torch.equal(images, again)
-    assert all(torch.equal(labels[name], same[name]) for name in labels)
-    assert (images.int() - other.int()).abs().float().mean() > 20
-
-
-def test_plates_show_their_labels(plates):
-    twenty = torch.arange(50_000) % 50 < 20  # of each class; all would take longer
-    images = plates[0][twenty]
-    labels = {name: values[twenty] for name, values in plates[1].items()}
-    pixels = images[:, 0].float()
-    ground = pixels.flatten(1).mode(dim=1).values.view(-1, 1, 1)
-    marks = (pixels - ground).abs().flatten(1)
-    marks = marks / marks.amax(dim=1, keepdim=True)  # ink of the number is 1, discs are fainter
-    inked = (marks > 0.6).float()
-    known = torch.arange(len(marks)) % 20 >= 2
-    means = inked[known].view(1000, 18, -1).mean(dim=1)
-    guess = F.normalize(inked[~known]) @ F.normalize(means).T
-    assert (guess.argmax(dim=1) == labels["number"][~known]).float().mean() > 0.1  # chance: 0.001
-    faint = ((marks > 0.05) & (marks < 0.4)).float().mean(dim=1)
-    by_count = torch.stack([faint[labels["count"] == count].mean() for count in range(4)])
-    assert (by_count.diff() > 0.01).all()
-    columns = torch.arange(len(marks[0])) % 32
-    spread = (inked * (columns - 15.5).square()).sum(1) / inked.sum(1)
-    by_size = torch.stack([spread[labels["size"] == size].mean() for size in range(3)])
-    assert (by_size.diff() > 0.5).all()
-
-
-def test_the_two_sets_of_plates_differ_in_seed_and_size(monkeypatch):
-    monkeypatch.setattr("sampler.draw_plates", lambda per_class, seed: (per_class, seed))
-    assert open_data("plates", "train") == (50, 0)
-    assert open_data("plates", "val") == (10, 1)
-
-
-def test_cifar_is_one_tensor(monkeypatch):
-    class Published:
-        def __init__(self, root, train, download):
-            assert root == "data" and download
-            self.data = np.arange(4 * 32 * 32 * 3, dtype=np.uint8).reshape(4, 32, 32, 3) + train
-            self.targets = [3, 1, 2, 3]
-
-    for data, name in (("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")):
-        monkeypatch.setattr(f"sampler.{name}", Published)
-        for split in ("train", "val"):
-            images, labels = open_data(data, split)
-            assert images.dtype == torch.uint8 and images.shape == (4, 3, 32, 32)
-            expected = Published("data", split == "train", True).data
-            assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
-            assert {k: x.tolist() for k, x in labels.items()} == {"class": [3, 1, 2, 3]}
-
-        def unreachable(*_, **__):
-            raise RuntimeError("no network\nsecond line")
-
-        monkeypatch.setattr(f"sampler.{name}", unreachable)
-        with pytest.raises(ValueError) as error:
-            open_data(data, "train")
-        assert str(error.value).startswith(f"{data}: needs a download or ./data (RuntimeError: no")
-        assert "\n" not in str(error.value)
-
-
-def test_folders_and_listings_are_read(tmp_path):
-    names = ["train/b/2.png", "train/a/1.png", "train/b/10.png", "val/a/0.png", "val/c/0.png"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8)).save(tmp_path / name)
-    in_order = ["train/a/1.png", "train/b/10.png", "train/b/2.png"]
-    paths, labels = open_data(str(tmp_path), "train")
-    assert paths == [str(tmp_path / name) for name in in_order]
-    assert {k: x.tolist() for k, x in labels.items()} == {"class": [0, 1, 1]}
-    assert open_data(str(tmp_path), "val")[1]["class"].tolist() == [0, 1]
-    listing = dict(  # iNaturalist's: images in any order, and annotations in another
-        images=[dict(id=7, file_name="train/b/2.png"), dict(id=5, file_name="train/a/1.png")],
-        annotations=[dict(image_id=5, category_id=40), dict(image_id=7, category_id=2)],
-    )
-    (tmp_path / "train2018.json").write_text(json.dumps(listing))
-    paths, labels = open_data(str(tmp_path), "train")
-    assert paths == [str(tmp_path / name) for name in ("train/b/2.png", "train/a/1.png")]
-    assert labels["class"].tolist() == [2, 40]
-    assert len(open_data(str(tmp_path), "val")[0]) == 2  # only what is listed is read from a list
-
-
-@pytest.mark.parametrize(
-    "kind", ["missing", "empty", "no classes", "empty classes", "a file", "listing"]
-)
-def test_folders_without_pictures_are_refused(kind, tmp_path):
-    data = tmp_path / "data"
-    if kind == "a file":
-        data.touch()
-    elif kind != "missing":
-        (data / ("train/class0" if kind == "empty classes" else "train")).mkdir(parents=True)
-    if kind == "no classes":
-        Image.new("RGB", (8, 8)).save(data / "train/picture.png")
-    if kind == "listing":
-        (data / "train2018.json").write_text('{"images": []}')
-    with pytest.raises(ValueError) as error:
-        open_data(str(data), "train")
-    assert str(error.value).startswith(f"{data}: needs {data}/train/CLASS/IMAGE (")
-    assert "\n" not in str(error.value)
-
-
-def test_long_tail_keeps_a_power_of_the_rank():
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
-    for exponent, expected in (
-        (0.0, [100] * 10),
-        (1.0, [100, 50, 33, 25, 20, 17, 14, 12, 11, 10]),
-        (0.5, [100, 71, 58, 50, 45, 41, 38, 35, 33, 32]),
-        (9.0, [100] + [1] * 9),  # at least one
-    ):
-        kept = long_tail(labels, exponent, seed=0)
-        np.testing.assert_array_equal(np.bincount(labels[kept], minlength=10), expected)
-        assert len(set(kept.tolist())) == len(kept)
-    first, again, other = (long_tail(labels, 1.0, seed=seed) for seed in (0, 0, 1))
-    np.testing.assert_array_equal(first, again)
-    assert set(first.tolist()) != set(other.tolist())
-
-
-# ---- 2. A batch and an epoch
-
-
-def epoch_of(labels, batch_size, k_classes=None, *, epoch=0, **options):
-    """The batches of one epoch: (batches, images of this process)."""
-    sampler = KClassBatchSampler(labels, batch_size, k_classes, **options)
-    sampler.set_epoch(epoch)
-    return np.array(list(sampler))
-
-
-def epochs_of(labels, batch_size, k_classes=None, *, epochs):
-    """The batches of many epochs of one sampler: (epochs, batches, batch size)."""
-    sampler = KClassBatchSampler(labels, batch_size, k_classes)
-    batches = []
-    for epoch in range(epochs):
-        sampler.set_epoch(epoch)
-        batches.append(list(sampler))
-    return np.array(batches)
-
-
-def times_drawn(batches, items):
-    """How often each of `items` numbers is among the last dimension's."""
-    flat = batches.reshape(-1, batches.shape[-1])
-    flat = flat + items * np.arange(len(flat))[:, None]  # one range of numbers for each row
-    counts = np.bincount(flat.ravel(), minlength=items * len(flat))
-    return counts.reshape(*batches.shape[:-1], items)
-
-
-def audit(labels, batch_size, k_classes, *, seed=0, epoch=0):
-    """Check all that must hold in every batch, and in an epoch after every batch."""
-    sampler = KClassBatchSampler(labels, batch_size, k_classes, seed=seed)
-    sampler.set_epoch(epoch)
-    _, labels, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-    least = batch_size // k_classes
-    most = math.ceil(batch_size / k_classes)
-    by_class = np.argsort(labels)
-    starts = np.cumsum(sizes) - sizes
-    seen = np.zeros(len(labels), int)
-    batches = 0
-    for batch in sampler:
-        assert len(batch) == batch_size
-        images = np.bincount(batch, minlength=len(labels))  # how often each is in this batch
-        classes = np.bincount(labels[batch], minlength=len(sizes))
-        assert np.count_nonzero(classes) == k_classes
-        assert set(classes[classes > 0]) <= {least, most}
-        # 0 or 1 where a class has images enough, else as even as whole numbers can be
-        assert (images >= (classes // sizes)[labels]).all()
-        assert (images <= (-(-classes // sizes))[labels]).all()
-        seen = seen + images
-        batches += 1
-        assert np.ptp(np.bincount(labels, weights=seen)) <= most
-        in_order = seen[by_class]
-        spread = np.maximum.reduceat(in_order, starts) - np.minimum.reduceat(in_order, starts)
-        assert spread.max() <= 1
-    assert batches == len(sampler) == len(labels) // batch_size
-
-
-def assert_equal_rates(counts, rate):
-    """counts (epochs, items), independent over epochs: every item's mean is `rate`, to 5 sigma."""
-    error = np.abs(counts.mean(axis=0) - rate)
-    sigma = np.sqrt(counts.var(axis=0).mean() / len(counts))  # items are alike: one variance
-    assert error.max() <= 5 * sigma + 1e-9, f"{error.max() / max(sigma, 1e-9):.1f} sigma"
+ROOT = Path(__file__).parent.parent
 
 
 def labels_of(sizes, seed=0):
@@ -244,93 +31,207 @@ def labels_of(sizes, seed=0):
     return np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
 
 
-@pytest.mark.parametrize("k_classes", [1, 2, 3, 8, 15, 16])
-@pytest.mark.parametrize("batch_size", [16, 40, 61])
-def test_batches_of_equal_classes(batch_size, k_classes):
-    for epoch in range(3):
-        audit(labels_of([25] * 16), batch_size, k_classes, epoch=epoch)
+def epoch_of(labels, batch_size, k_classes=None, *, epoch=0, **options):
+    """The batches of one epoch, by a sampler that begins there."""
+    batches = KClassBatchSampler(labels, batch_size, k_classes, **options)
+    batches.set_epoch(epoch)
+    return list(batches)
 
 
-@pytest.mark.parametrize("k_classes", [1, 2, 7, 12])
-def test_batches_of_a_long_tail(k_classes):
-    sizes = [400, 150, 80, 40, 20, 10, 5, 3, 2, 1, 1, 1]  # shares are larger than most classes
-    for epoch in range(3):
-        audit(labels_of(sizes), 64, k_classes, epoch=epoch)
+def joined_parts(labels, batch_size, k_classes=None, *, world_size, **options):
+    """The batches of an epoch, put together from what each process gets."""
+    parts = [
+        epoch_of(labels, batch_size, k_classes, rank=rank, world_size=world_size, **options)
+        for rank in range(world_size)
+    ]
+    return [list(itertools.chain(*cuts)) for cuts in zip(*parts, strict=True)]
+
+
+def sequence_of(labels, batch_size, k_classes, epochs, seed=0):
+    """The batches of all epochs, one after another, by one sampler."""
+    batches = KClassBatchSampler(labels, batch_size, k_classes, seed=seed)
+    sequence = []
+    for epoch in range(epochs):
+        batches.set_epoch(epoch)
+        sequence += batches
+    return sequence
+
+
+# ---- 1. What holds at every batch of a run
+def audit(labels, batch_size, k_classes, batches):
+    """Count, image by image, whether batches keep what the docstring of the class promises."""
+    images_of = defaultdict(list)
+    for image, label in enumerate(labels):
+        images_of[label].append(image)
+    larger = math.ceil(batch_size / k_classes)
+    dealt = dict.fromkeys(images_of, 0)
+    seen = Counter()
+    for batch in batches:
+        assert len(batch) == batch_size
+        in_batch = Counter(batch)
+        shares = Counter(labels[image] for image in batch)
+        assert len(shares) == k_classes
+        seen.update(batch)
+        for label, share in shares.items():
+            images = images_of[label]
+            assert share in (batch_size // k_classes, larger)
+            dealt[label] += share
+            # Once where the class has images enough, else as evenly as whole numbers can be.
+            assert max(in_batch[image] for image in images) <= math.ceil(share / len(images))
+            times = [seen[image] for image in images]
+            assert max(times) - min(times) <= 1
+        assert max(dealt.values()) - min(dealt.values()) <= larger
+
+
+def random_case(rng):
+    """Labels with gaps, of a few or many classes, equal or not; a batch that the processes share, of
+    which an epoch has about ten at most; K; processes; seed."""
+    classes = rng.integers(1, rng.choice([3, 8, 25]), endpoint=True)
+    largest = rng.choice([1, 3, 9, 30, 300], p=[0.1, 0.2, 0.3, 0.25, 0.15])
+    sizes = rng.integers(1, largest, size=classes, endpoint=True)
+    if rng.random() < 0.3:
+        sizes = np.maximum(largest // np.arange(1, classes + 1), 1)  # a long tail
+    names = rng.choice(2**40, size=classes, replace=False) - 2**39
+    labels = names[labels_of(sizes, rng.integers(1000))]
+    world_size = int(rng.integers(1, min(8, len(labels)), endpoint=True))
+    images_each = len(labels) // world_size
+    batch_size = world_size * max(images_each // int(rng.integers(1, 11)), 1)
+    k_classes = int(rng.integers(1, min(batch_size, classes), endpoint=True))
+    return labels.tolist(), batch_size, k_classes, world_size, int(rng.integers(10**6))
 
 
 @pytest.mark.parametrize("block", range(4))
-def test_batches_of_random_data(block):
-    rng = np.random.default_rng(block)
-    for _ in range(100):
-        sizes = rng.integers(1, rng.choice([2, 4, 30]), size=rng.integers(1, 13), endpoint=True)
-        batch_size = int(rng.integers(1, min(sizes.sum(), 24), endpoint=True))
-        k_classes = int(rng.integers(1, min(batch_size, len(sizes)), endpoint=True))
-        seed, epoch = (int(n) for n in rng.integers(1000, size=2))
-        audit(labels_of(sizes, seed), batch_size, k_classes, seed=seed, epoch=epoch)
+def test_what_holds_over_three_epochs(block):
+    """500 data sets at random: everything at every batch, from any epoch on, for all processes."""
+    rng = np.random.default_rng([block, 2026])
+    for _ in range(500):
+        labels, batch_size, k_classes, world_size, seed = random_case(rng)
+        batches = sequence_of(labels, batch_size, k_classes, 3, seed)
+        length = len(labels) // batch_size
+        assert len(batches) == 3 * length
+        audit(labels, batch_size, k_classes, batches)
+        epoch = int(rng.integers(3))
+        piece = batches[epoch * length : (epoch + 1) * length]
+        options = dict(world_size=world_size, epoch=epoch, seed=seed)
+        assert joined_parts(labels, batch_size, k_classes, **options) == piece
 
 
-def test_without_k_classes_it_is_a_shuffle_without_replacement():
+def test_the_audit_finds_what_is_wrong():
+    labels = [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    right = [[0, 3], [6, 1], [4, 7]]
+    audit(labels, 2, 2, right)
+    for wrong in (
+        [[0, 3], [6]],  # an image is missing
+        [[0, 1], [3, 6]],  # one class
+        [[0, 3], [1, 4]],  # class 2 waits
+        [[0, 3], [6, 0]],  # image 0 comes again too early
+    ):
+        with pytest.raises(AssertionError):
+            audit(labels, 2, 2, wrong)
+    with pytest.raises(AssertionError):
+        audit(labels, 6, 2, [[0, 1, 1, 3, 4, 5]])  # an image twice in a batch
+    with pytest.raises(AssertionError):
+        audit(labels, 6, 2, [[0, 1, 3, 4, 5, 3]])  # shares of 2 and 4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+def test_plain_shuffling(world_size):
+    """Every image at most once in an epoch, shares that partition the batch, every image as often
+    in the first batch and in the part that is left out."""
     labels = labels_of([7] * 15)
-    epochs = epochs_of(labels, 8, epochs=2000)
-    assert epochs.shape == (2000, 13, 8)  # 105 images: the last one is dropped
-    drawn = times_drawn(epochs, 105)
-    assert drawn.sum(axis=1).max() == 1
-    assert_equal_rates(drawn.sum(axis=1), 104 / 105)
-    assert_equal_rates(drawn[:, 0], 8 / 105)
-    # Not the classes' doing: 8 of 105 images drawn anyhow are of 15 (1 - C(98, 8) / C(105, 8)).
-    classes = np.count_nonzero(times_drawn(labels[epochs], 15), axis=-1)
-    expected = 15 * (1 - math.comb(98, 8) / math.comb(105, 8))
-    assert abs(classes.mean() - expected) < 5 * classes.std() / np.sqrt(classes.size)
+    assert len(KClassBatchSampler(labels, 16)) == 6
+    counts = np.zeros((2, 105), int)
+    for epoch in range(1000 // world_size):
+        whole = epoch_of(labels, 16, epoch=epoch, seed=3)
+        assert len(set(itertools.chain(*whole))) == 96
+        assert joined_parts(labels, 16, world_size=world_size, epoch=epoch, seed=3) == whole
+        counts[0, whole[0]] += 1
+        counts[1, list(itertools.chain(*whole))] += 1
+    for count, rate in zip(counts, (16 / 105, 96 / 105)):
+        sigma = math.sqrt(rate * (1 - rate) / (epoch + 1))
+        assert abs(count / (epoch + 1) - rate).max() < 5 * sigma
 
 
-@pytest.mark.parametrize("k_classes", [None, 1, 5])
-@pytest.mark.parametrize("images, batch_size, batches", [(50, 5, 10), (54, 5, 10), (9, 9, 1)])
-def test_length(images, batch_size, batches, k_classes):
-    labels = np.arange(images) % 5
-    for world_size in (1, batch_size):
-        sampler = KClassBatchSampler(labels, batch_size, k_classes, world_size=world_size)
-        assert len(sampler) == batches == len(list(sampler))
+# ---- 2. One endless sequence
+@pytest.mark.parametrize("k_classes", [None, 4])
+def test_batches_follow_from_seed_and_number_alone(k_classes):
+    labels = labels_of([20] * 10)
+    fresh = [epoch_of(labels, 16, k_classes, seed=3, epoch=e) for e in range(4)]
+    batches = KClassBatchSampler(labels, 16, k_classes, seed=3)
+    state = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    assert len(batches) == 12
+    assert list(batches) == fresh[0] == list(batches)  # without set_epoch: epoch 0, each time
+    list(itertools.islice(batches, 5))  # a run that was stopped here
+    for epoch in (2, 0, 3, 3, 1):  # onwards, back, again
+        batches.set_epoch(epoch)
+        assert list(batches) == fresh[epoch]
+        assert list(itertools.islice(batches, 7, None)) == fresh[epoch][7:]  # it continues
+    assert list(zip(batches, batches, strict=True)) == [(b, b) for b in fresh[1]]
+    early = iter(batches)
+    begun = [next(early), next(early)]
+    batches.set_epoch(3)
+    assert list(batches) == fresh[3]
+    assert begun + list(early) == fresh[1]  # another iteration in between changes nothing
+    assert state == (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert list(batches) == fresh[3]
 
 
-# ---- 3. Many epochs
+def test_epochs_seeds_and_k_differ():
+    labels = labels_of([20] * 10)
+    runs = list(itertools.product([None, 3, 4], range(5), range(5)))  # (0, 1) is not (1, 0) either
+    first = [epoch_of(labels, 16, k, seed=s, epoch=e)[0] for k, s, e in runs]
+    assert len({frozenset(batch) for batch in first}) == len(runs)
 
 
-def test_every_class_and_image_is_seen_equally_often():
-    labels = labels_of([11] * 10)
-    batches = epochs_of(labels, 16, 3, epochs=1000)
-    assert_equal_rates(times_drawn(batches, 110).sum(axis=1), 6 * 16 / 110)
-    assert_equal_rates(times_drawn(labels[batches], 10).sum(axis=1), 6 * 16 / 10)
+# ---- 3. What is left to chance
+SEEDS = 1500
 
 
-def test_size_of_a_class_does_not_matter():
-    sizes = np.array([40, 20, 12, 6, 4, 3, 2, 1])
-    labels = labels_of(sizes)
-    batches = epochs_of(labels, 20, 3, epochs=1000)
-    assert_equal_rates(times_drawn(labels[batches], 8).sum(axis=1), 4 * 20 / 8)
-    images = times_drawn(batches, len(labels)).sum(axis=1)
-    for c, size in enumerate(sizes):
-        assert_equal_rates(images[:, labels == c], 4 * 20 / 8 / size)
+def assert_rates(counts, rate):
+    """counts (seeds, items), independent: every item's mean is `rate`, to 5 sigma."""
+    error = np.abs(counts.mean(axis=0) - rate)
+    sigma = np.sqrt(counts.var(axis=0).mean() / len(counts))  # items are alike: one variance
+    assert error.max() <= 5 * sigma + 1e-9, f"{error.max() / max(sigma, 1e-9):.1f} sigma"
+
+
+def times_drawn(batches, items):
+    """How often each of `items` numbers is in each batch: (..., batch size) -> (..., items)."""
+    flat = batches.reshape(-1, batches.shape[-1])
+    flat = flat + items * np.arange(len(flat))[:, None]  # one range of numbers for each row
+    counts = np.bincount(flat.ravel(), minlength=items * len(flat))
+    return counts.reshape(*batches.shape[:-1], items)
 
 
 def test_larger_shares_and_company_are_random():
     labels = labels_of([10] * 8)  # batches of 10 with 4 of 8 classes: 3 + 3 + 2 + 2 images
-    batches = epochs_of(labels, 10, 4, epochs=1500)
+    batches = np.array([epoch_of(labels, 10, 4, seed=seed) for seed in range(SEEDS)])
     counts = times_drawn(labels[batches], 8)
     present = 1.0 * (counts > 0)
     larger = 1.0 * (counts == 3)
-    for batch in range(8):  # each batch on its own: later ones do not make up for earlier ones
-        assert_equal_rates(present[:, batch], 4 / 8)
-        assert_equal_rates(larger[:, batch], 2 / 8)
+    for batch in range(8):
+        assert_rates(present[:, batch], 4 / 8)
+        assert_rates(larger[:, batch], 2 / 8)
     first, second = np.triu_indices(8, k=1)
-    assert_equal_rates(present[:, 0, first] * present[:, 0, second], 4 * 3 / (8 * 7))
-    assert_equal_rates(larger[:, 0, first] * larger[:, 0, second], 2 * 1 / (8 * 7))
-    assert_equal_rates(labels[batches[:, 0]], 3.5)  # no place in the batch prefers a class
+    assert_rates(present[:, 0, first] * present[:, 0, second], 4 * 3 / (8 * 7))
+    assert_rates(larger[:, 0, first] * larger[:, 0, second], 2 * 1 / (8 * 7))
+    assert_rates(labels[batches[:, 0]], 3.5)  # no place in the batch prefers a class
+    assert_rates((batches == 7).sum(axis=(1, 2))[:, None], 1)  # 80 places for 80 images
 
 
-def test_decks_are_shuffled_anew():
+def test_company_and_decks_are_shuffled_anew():
+    equal = labels_of([10] * 8)  # 4 of 8 classes, then the other 4, then 4 again
+    batches = np.array([epoch_of(equal, 8, 4, seed=seed) for seed in range(SEEDS)])
+    present = times_drawn(equal[batches], 8) > 0
+    met = (present[:, 0] & present[:, 2]).sum(axis=1)
+    assert_rates(met[:, None], 2)
+    assert_rates((met[:, None] - 2) ** 2, 4 / 7)  # hypergeometric: as if batch 0 were forgotten
+
     labels = labels_of([5, 27])  # every batch has 2 of the 5 images a..e of class 0
-    drawn = times_drawn(epochs_of(labels, 4, 2, epochs=1500), 32)[:, :, labels == 0]
-    overlaps = drawn @ drawn.transpose(0, 2, 1)  # (epochs, 8, 8), images that two batches share
+    batches = np.array([epoch_of(labels, 4, 2, seed=seed) for seed in range(SEEDS)])
+    drawn = times_drawn(batches, 32)[:, :, labels == 0]
+    overlaps = drawn @ drawn.transpose(0, 2, 1)  # (seeds, 8, 8), images that two batches share
     means = np.zeros((8, 8))
     # Batches 0 to 4: ab, cd, ex, then two that share what is not x; x is any of a..d.
     means[2] = 0.5, 0.5, 2, 0.5, 0.5, 0.8, 0.8, 0.8
@@ -338,127 +239,86 @@ def test_decks_are_shuffled_anew():
     means[5, :5] = 0.8  # after these ten cards all is forgotten: 2 of 5 meet 2 of 5 in 2 * 2 / 5
     for batch, others in ((2, range(8)), (3, range(8)), (5, range(5))):
         for other in others:
-            assert_equal_rates(overlaps[:, batch, [other]], means[batch, other])
+            assert_rates(overlaps[:, batch, [other]], means[batch, other])
 
 
-# ---- 4. Processes
-
-
-@pytest.mark.parametrize("k_classes", [None, 1, 3, 10])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 24])
-def test_processes_partition_the_batch(world_size, k_classes):
-    labels = labels_of([30] * 10)
-    whole = epoch_of(labels, 24, k_classes, seed=5, epoch=2)
-    cuts = [
-        epoch_of(labels, 24, k_classes, seed=5, epoch=2, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    assert {cut.shape for cut in cuts} == {(12, 24 // world_size)}
-    np.testing.assert_array_equal(np.concatenate(cuts, axis=1), whole)
-
-
-def test_a_cut_is_a_random_part_of_the_batch():
+def test_a_process_gets_a_random_part_of_the_batch():
     labels = labels_of([500] * 16)
-    cuts = [
-        labels[epoch_of(labels, 64, 8, epoch=epoch, rank=rank, world_size=4)]
-        for rank in range(4)
-        for epoch in range(4)
-    ]
-    cuts = np.concatenate(cuts)  # (batches, 16): 16 of 64 images, of which 8 classes have 8 each
+    cuts = np.concatenate(
+        [labels[epoch_of(labels, 64, 8, rank=rank, world_size=4)] for rank in range(4)]
+    )  # (batches, 16): 16 of 64 images, of which 8 classes have 8 each
     classes = np.array([len(set(cut)) for cut in cuts])
     expected = 8 * (1 - math.comb(56, 16) / math.comb(64, 16))  # 7.3; 2 if cut by class
     assert abs(classes.mean() - expected) < 5 * classes.std() / np.sqrt(len(cuts))
-    neighbours = (cuts[:, 1:] == cuts[:, :-1]).mean(axis=1)  # order within the cut is random too
-    assert abs(neighbours.mean() - 7 / 63) < 5 * neighbours.std() / np.sqrt(len(cuts))
 
 
-# ---- 5. Reproducible
+# ---- 4. What a run is told
+@pytest.mark.parametrize("k_classes", [2, 8, 20, 32, 128, 960])
+def test_the_table_of_docs(k_classes):
+    """As many updates as a run of plates has, seed 0."""
+    batches = sequence_of(np.arange(150_000) // 150, 1024, k_classes, epochs=3)[:292]
+    images = np.bincount(np.concatenate(batches), minlength=150_000)
+    classes = images.reshape(1000, 150).sum(axis=1)
+    repeated = max(1024 - len(set(batch)) for batch in batches)
+    row = (
+        f"| {k_classes} | {(classes == 0).sum()} | {(images == 0).sum():,} | {classes.min()} to"
+        f" {classes.max()} | {images.min()} to {images.max()} | {repeated} |"
+    )
+    assert row in (ROOT / "docs/sampler.md").read_text().splitlines()
 
 
-@pytest.mark.parametrize("k_classes", [None, 4])
-def test_batches_follow_from_seed_and_epoch_alone(k_classes):
-    labels = labels_of([20] * 10)
-    fresh = {e: epoch_of(labels, 16, k_classes, seed=3, epoch=e).tolist() for e in range(4)}
-    sampler = KClassBatchSampler(labels, 16, k_classes, seed=3)
-    state = np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    assert list(sampler) == fresh[0] == list(sampler)  # without set_epoch: epoch 0, each time
-    list(islice(sampler, 5))  # a run that was stopped here
-    for epoch in (2, 0, 3, 1):
-        sampler.set_epoch(epoch)
-        assert list(sampler) == fresh[epoch]
-        assert list(islice(sampler, 7, None)) == fresh[epoch][7:]
-    assert [pair for pair in zip(sampler, sampler, strict=True)] == [(b, b) for b in fresh[1]]
-    assert state == (np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
-    np.random.seed(1)
-    torch.manual_seed(1)
-    assert list(sampler) == fresh[1]
+def test_describe():
+    def text(sizes, batch_size, k_classes, batches):
+        return KClassBatchSampler(labels_of(sizes), batch_size, k_classes).describe(batches)
+
+    plates = "150,000 images of 1,000 classes; batches of 1,024, "
+    assert text([150] * 1000, 1024, 8, 292) == f"{plates}K = 8: a class is in 2.3 of 292 batches"
+    assert text([150] * 1000, 1024, None, 292) == f"{plates}any classes"
+    few = text([150] * 1000, 1024, 8, 124)  # 992 visits
+    assert few.endswith("a class is in 1.0 of 124 batches (warning: some are never reached)")
+    assert "warning" not in text([150] * 1000, 1024, 8, 125)
+    assert "warning" not in text([150] * 1000, 1050, 7, 292)  # 150 each
+    twice = text([150] * 1000, 1051, 7, 292)  # 151 of one
+    assert twice.endswith("(warning: 151 images of a class each: those of small ones come twice)")
+    both = text([10] * 9 + [1], 4, 2, 4)
+    assert "10 to 1 each" in both and both.count("(warning: ") == 2
+
+    labels = np.repeat(np.arange(1000), 50)
+    kept = labels[long_tail(labels, 1.0, seed=0)]
+    shown = KClassBatchSampler(kept, 100).describe(10)
+    law = "1,173 images of 1,000 classes, 50 to 1 each, about as rank^-0.18; "
+    assert shown == law + "batches of 100, any classes"
 
 
-@pytest.mark.parametrize("k_classes", [None, 4])
-def test_epochs_and_seeds_differ(k_classes):
-    labels = labels_of([20] * 10)
-    runs = [(s, e) for s in range(5) for e in range(5)]  # (0, 1) is not (1, 0) either
-    batches = [epoch_of(labels, 16, k_classes, seed=s, epoch=e)[0].tolist() for s, e in runs]
-    assert len({tuple(batch) for batch in batches}) == len(runs)
-    assert len({frozenset(batch) for batch in batches}) == len(runs)
-
-
-# ---- 6. Forms of labels
-
-
-def test_items_are_lists_of_int():
-    for k_classes in (None, 3):
-        for batch in KClassBatchSampler([0, 1, 2] * 6, 6, k_classes, rank=1, world_size=2):
-            assert type(batch) is list and [type(index) for index in batch] == [int] * 3
-
-
+# ---- 5. Forms of labels, bad input
 def test_forms_of_labels():
     labels = labels_of([9] * 7)
     expected = epoch_of(labels, 10, 4)
     forms = [labels.tolist(), tuple(labels.tolist()), list(labels), labels.repeat(2)[::2]]
-    kinds = [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint64]
-    forms += [labels.astype(kind) for kind in kinds]
+    forms += [labels.astype(kind) for kind in (np.int8, np.uint8, np.uint16, np.int32, np.uint64)]
     forms += [torch.tensor(labels, dtype=kind) for kind in (torch.int64, torch.int32, torch.uint8)]
+    forms.append(np.array([-(2**40), -5, 0, 7, 300, 999, 10**12])[labels])  # with gaps
     for form in forms:
-        np.testing.assert_array_equal(epoch_of(form, 10, 4), expected)
-    frozen = labels.copy()
-    frozen.flags.writeable = False  # labels are only read
-    np.testing.assert_array_equal(epoch_of(frozen, 10, 4), expected)
+        frozen = form.copy() if isinstance(form, np.ndarray) else form
+        if frozen is not form:
+            frozen.flags.writeable = False  # labels are only read
+        assert epoch_of(frozen, 10, 4) == expected
+    for k_classes in (None, 4):  # what a DataLoader wants
+        for batch in KClassBatchSampler(labels, 10, k_classes):
+            assert type(batch) is list and [type(index) for index in batch] == [int] * 10
 
-
-def test_label_values_may_have_gaps():
-    names = np.array([10**12, -5, 0, 7, 300, -(2**40), 999])
-    audit(names[labels_of([9] * 7)], 10, 4)
-
-
-def test_more_classes_than_8_or_16_bits_count():
-    audit(labels_of([3] * 300), 280, 270)
-    audit(labels_of([2] * 70_000), 60_000, 50_000)
-
-
-def test_as_batch_sampler_of_a_loader():
-    labels = torch.tensor(labels_of([9] * 7))
-    sampler = KClassBatchSampler(labels, 12, 4, rank=1, world_size=2)
-    loader = DataLoader(TensorDataset(torch.arange(63), labels), batch_sampler=sampler)
-    assert len(loader) == 5
-    assert [indices.tolist() for indices, _ in loader] == list(sampler)
-
-
-# ---- 7. Bad input: one line that says what is wrong and what would be right
 
 BAD = {
     "more classes than there are": (dict(k_classes=11), "11 10"),
     "more classes than images": (dict(batch_size=6, k_classes=8), "8 6"),
     "no class": (dict(k_classes=0), "0 1 10"),
-    "negative number of classes": (dict(k_classes=-3), "-3 1 10"),
     "not divisible": (dict(batch_size=30, world_size=8), "30 8 multiple 24"),
     "fewer images than processes": (dict(batch_size=3, world_size=8), "3 8 multiple"),
     "empty batch": (dict(batch_size=0), "0 1"),
     "batch larger than the data": (dict(batch_size=128), "100 batch most"),
-    "rank too large": (dict(rank=4, world_size=4), "4 0..3"),
-    "rank negative": (dict(rank=-1, world_size=4), "-1 0..3"),
+    "rank too large": (dict(rank=4, world_size=4), "rank 4 0 3"),
+    "rank negative": (dict(rank=-1, world_size=4), "rank -1 0 3"),
     "float labels": (dict(labels=np.arange(100) / 10), "float64 integers"),
-    "float tensor": (dict(labels=torch.zeros(100)), "float32 integers"),
     "labels in columns": (dict(labels=np.zeros((100, 2), int)), "integers (100, 2)"),
 }
 
@@ -474,236 +334,238 @@ def test_bad_input(options, words):
         assert re.search(rf"(?<![\w-]){re.escape(word)}(?!\w)", text), f"{word} is not in: {text}"
 
 
-def test_limits_are_accepted():
-    labels = np.arange(100) % 10
-    audit(labels, 100, 10)
-    audit(labels, 10, 10)
-    audit(labels, 1, 1)
-    assert epoch_of(labels, 100, rank=3, world_size=4).shape == (1, 25)
+# ---- 6. Plates
+def test_plates_are_drawn_in_seconds():
+    start = time.process_time()  # threads that wait count too
+    draw_plates(15, seed=0)
+    assert time.process_time() - start < 2  # 0.4 s alone, for a tenth of the training set
 
 
-# ---- 8. Speed and memory at the size of ImageNet and iNaturalist18
+@pytest.mark.parametrize("split, each", [("train", 150), ("val", 10)])
+def test_sets_of_plates(split, each):
+    images, labels = open_data("plates", split)
+    N = 1000 * each
+    assert images.shape == (N, 1, 32, 32) and images.dtype == torch.uint8
+    assert list(labels) == ["number", "digits", "count", "size"]  # the class first
+    assert torch.equal(labels["number"], torch.arange(1000).repeat_interleave(each))
+    assert torch.equal(labels["digits"] @ torch.tensor([100, 10, 1]), labels["number"])
+    assert labels["digits"].shape == (N, 3)
+    assert labels["digits"].min() == 0 and labels["digits"].max() == 9
+    for bins, name in ((4, "count"), (3, "size")):  # near uniform: 5 standard deviations
+        share = labels[name].bincount(minlength=bins) / N
+        assert len(share) == bins and (share - 1 / bins).abs().max() < 5 * (0.25 / N) ** 0.5
 
 
-def large(name):
-    """1,281,167 labels of 1,000 nearly equal classes, or 437,513 of 8,142 long-tailed ones."""
-    if name == "imagenet":
-        sizes = np.bincount(np.arange(1_281_167) % 1000)
-    else:
-        sizes = np.maximum(1000 / np.arange(1, 8143) ** 0.6, 2)
-        sizes = np.floor(sizes * 430_000 / sizes.sum()).astype(int)
-        sizes[0] += 437_513 - sizes.sum()
-    return labels_of(sizes)
+def test_plates_follow_from_their_seed_and_number():
+    state = torch.get_rng_state()
+    images, labels = draw_plates(2, seed=3)
+    again, same = draw_plates([2] * 1000, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)  # numbers of its own
+    assert torch.equal(images, again)
+    assert all(torch.equal(labels[name], same[name]) for name in labels)
+    other, _ = draw_plates(2, seed=4)
+    assert (images.int() - other.int()).abs().float().mean() > 20
+    sizes = np.array([3] + [1] * 998 + [5])
+    images, labels = draw_plates(sizes, seed=3)
+    assert len(images) == 1006 and labels["number"].bincount().tolist() == sizes.tolist()
 
 
-@pytest.mark.parametrize("name, images", [("imagenet", 1_281_167), ("inat18", 437_513)])
-def test_speed_and_memory(name, images):
-    labels = large(name)
-    assert len(labels) == images
-    clock = time.process_time  # of this process alone: a busy machine changes nothing
-
-    start = clock()
-    sampler = KClassBatchSampler(labels.tolist(), 4096, 960)
-    assert clock() - start < 1.0  # seconds
-
-    batches = iter(sampler)
-    times = []
-    for _ in range(50):
-        start = clock()
-        batch = next(batches)
-        times.append(clock() - start)
-        assert len(np.unique(labels[batch])) == 960
-    assert np.median(times) < 0.005
-
-    sampler = KClassBatchSampler(labels, 1024, 960)
-    start = clock()
-    next(islice(sampler, len(sampler) // 2, None))
-    assert clock() - start < 1.0
-
-    tracemalloc.start()
-    for _ in islice(KClassBatchSampler(labels, 4096, 960), 20):
-        pass
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 200e6  # bytes
+def inked(images):
+    """Marks (N, 1024) in [0, 1], the number's ink 1, discs fainter; and where the ink is."""
+    pixels = images[:, 0].float()
+    ground = pixels.flatten(1).mode(dim=1).values.view(-1, 1, 1)
+    marks = (pixels - ground).abs().flatten(1)
+    marks = marks / marks.amax(dim=1, keepdim=True)
+    return marks, (marks > 0.6).float()
 
 
-# ---- 9. Prior
+def test_plates_show_their_labels():
+    plates, _ = open_data("plates", "train")
+    part = torch.arange(150_000) % 150 < 18  # of each class; all would take longer
+    means = inked(plates[part])[1].view(1000, 18, -1).mean(dim=1)
+    images, labels = open_data("plates", "val")
+    marks, ink = inked(images)
+    guess = F.normalize(ink) @ F.normalize(means).T
+    assert (guess.argmax(dim=1) == labels["number"]).float().mean() > 0.1  # chance: 0.001
+    faint = ((marks > 0.05) & (marks < 0.4)).float().mean(dim=1)
+    by_count = torch.stack([faint[labels["count"] == count].mean() for count in range(4)])
+    assert (by_count.diff() > 0.01).all()
+    columns = torch.arange(1024) % 32
+    spread = (ink * (columns - 15.5).square()).sum(1) / ink.sum(1)
+    by_size = torch.stack([spread[labels["size"] == size].mean() for size in range(3)])
+    assert (by_size.diff() > 0.5).all()
 
 
-@pytest.mark.parametrize("num_prototypes", [1, 2, 10, 1024])
-@pytest.mark.parametrize("exponent", [0.0, 0.25, 1.0, 2.5])
-def test_power_law(num_prototypes, exponent):
-    prior = power_law_prior(num_prototypes, exponent)
-    assert prior.shape == (num_prototypes,) and prior.dtype == torch.float64
-    assert abs(prior.sum().item() - 1) < 1e-12
-    for k in (1, 2, 3, 7, 1000):
-        if k <= num_prototypes:
-            assert prior[k - 1] / prior[0] == pytest.approx(k**-exponent, rel=1e-12)
+# ---- 7. Long tails
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_a_long_tail_of_plates_is_a_power_law(exponent):
+    runs = [long_tailed_sizes(exponent, seed) for seed in range(10)]
+    in_order = np.sort(runs[0])[::-1]
+    assert in_order.sum() == 150_000 and in_order[-1] >= 10
+    slope = np.polyfit(np.log(np.arange(1, 1001)), np.log(in_order), deg=1)[0]
+    assert abs(slope + exponent) < 0.02
+    assert np.array_equal(long_tailed_sizes(exponent, seed=0), runs[0])
+    for sizes in runs:
+        assert np.array_equal(np.sort(sizes)[::-1], in_order)
+        first_digit = np.arange(1000) // 100
+        assert abs(np.corrcoef(first_digit, np.log(sizes))[0, 1]) < 0.16  # 5 standard deviations
+    assert len({sizes.argmax() for sizes in runs}) > 5  # the most frequent class
 
 
-def test_power_law_of_exponent_0_is_uniform():
-    assert power_law_prior(1024, 0).tolist() == [1 / 1024] * 1024
+def test_a_steep_tail_of_plates_keeps_ten_of_each():
+    for exponent in (1.5, 2, 9, 400):
+        sizes = long_tailed_sizes(exponent, seed=0)
+        assert sizes.sum() == 150_000 and sizes.min() == 10
 
 
-def test_power_law_against_reference():
-    golden = np.load(GOLDEN)
+def test_open_data_cuts_the_training_set_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr("sampler.draw_plates", lambda per_class, seed: (per_class, seed))
+    assert open_data("plates", "train") == (150, 0)
+    assert open_data("plates", "val", tail=1.0, seed=5) == (10, 1)
+    sizes, seed = open_data("plates", "train", tail=1.0, seed=5)
+    assert seed == 0 and sizes.tolist() == long_tailed_sizes(1.0, 5).tolist()
+
+    make_files(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(12)), "train/a/notes.txt")
+    whole, _ = open_data(str(tmp_path), "train")
+    paths, labels = open_data(str(tmp_path), "train", tail=1.0, seed=5)
+    assert labels["class"].tolist() == [0] * 6 + [1] * 3
+    assert [path for path in whole if path in paths] == paths
+    assert paths.skipped == whole.skipped == 1
+
+
+def test_long_tail_keeps_a_power_of_the_rank():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 100))
+    for exponent, expected in (
+        (0.0, [100] * 10),
+        (1.0, [100, 50, 33, 25, 20, 17, 14, 12, 11, 10]),
+        (0.5, [100, 71, 58, 50, 45, 41, 38, 35, 33, 32]),
+        (9.0, [100] + [1] * 9),  # at least one
+    ):
+        kept = long_tail(labels, exponent, seed=0)
+        assert np.bincount(labels[kept]).tolist() == expected
+        assert kept.tolist() == sorted(set(kept.tolist()))
+        steeper = long_tail(labels.tolist(), exponent + 0.5, seed=0)
+        assert set(steeper.tolist()) <= set(kept.tolist())  # of each class the same come first
+    first, again, other = (long_tail(labels, 1.0, seed=seed) for seed in (0, 0, 1))
+    assert np.array_equal(first, again)
+    assert set(first.tolist()) != set(other.tolist())
+
+
+# ---- 8. CIFAR and folders
+def make_files(root, *names):
+    """Empty ones: open_data looks at names alone."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+@pytest.mark.parametrize("data, name", [("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")])
+def test_cifar_is_one_tensor(data, name, monkeypatch):
+    class Published:
+        def __init__(self, root, train, download):
+            assert root == "data" and download
+            self.data = np.arange(4 * 32 * 32 * 3, dtype=np.uint8).reshape(4, 32, 32, 3) + train
+            self.targets = [3, 1, 2, 3]
+
+    monkeypatch.setattr(f"sampler.{name}", Published)
+    for split in ("train", "val"):
+        images, labels = open_data(data, split)
+        assert images.dtype == torch.uint8 and images.shape == (4, 3, 32, 32)
+        expected = Published("data", split == "train", True).data
+        assert np.array_equal(images.permute(0, 2, 3, 1).numpy(), expected)
+        assert {k: x.tolist() for k, x in labels.items()} == {"class": [3, 1, 2, 3]}
+    images, labels = open_data(data, "train", tail=1.0)
+    assert images.shape == (3, 3, 32, 32) and sorted(labels["class"].tolist()) == [1, 2, 3]
+
+    def unreachable(*_, **__):
+        raise RuntimeError("no network\nsecond line")
+
+    monkeypatch.setattr(f"sampler.{name}", unreachable)
+    expected = rf"{data}: needs a download or ./data \(RuntimeError: no network\)"
+    with pytest.raises(ValueError, match=f"^{expected}$"):
+        open_data(data, "train")
+
+
+def test_folders_and_listings_are_read(tmp_path):
+    make_files(tmp_path, "train/b/2.png", "train/a/1.png", "train/b/x/10.png")
+    make_files(tmp_path, "val/a/0.png", "val/c/0.png")
+    paths, labels = open_data(str(tmp_path), "train")
+    in_order = ["train/a/1.png", "train/b/2.png", "train/b/x/10.png"]
+    assert paths == [str(tmp_path / name) for name in in_order] and paths.skipped == 0
+    assert {k: x.tolist() for k, x in labels.items()} == {"class": [0, 1, 1]}
+    assert open_data(str(tmp_path), "val")[1]["class"].tolist() == [0, 1]
+    listing = dict(  # iNaturalist's: images in any order, and annotations in another
+        images=[dict(id=7, file_name="train/b/2.png"), dict(id=5, file_name="train/a/1.png")],
+        annotations=[dict(image_id=5, category_id=40), dict(image_id=7, category_id=2)],
+    )
+    (tmp_path / "train2018.json").write_text(json.dumps(listing))
+    paths, labels = open_data(str(tmp_path), "train")
+    assert paths == [str(tmp_path / name) for name in ("train/b/2.png", "train/a/1.png")]
+    assert labels["class"].tolist() == [2, 40]
+    assert len(open_data(str(tmp_path), "val")[0]) == 2  # only what is listed is read from a list
+
+
+def test_all_that_pillow_reads_is_an_image(tmp_path):
+    """What else lies there is counted."""
+    endings = [".jpg", ".JPEG", ".jfif", ".jpe", ".mpo", ".gif", ".webp", ".bmp", ".tiff", ".ppm"]
+    if ".avif" in Image.registered_extensions():
+        endings.append(".avif")
+    names = [f"train/class/picture{ending}" for ending in endings]
+    others = ["notes.txt", "report.pdf", "film.mp4", "no_ending", ".hidden.jpg", ".folder/a.jpg"]
+    make_files(tmp_path, *names, *(f"train/class/{name}" for name in others), "train/a.jpg")
+    paths, labels = open_data(str(tmp_path), "train")
+    assert sorted(paths) == sorted(str(tmp_path / name) for name in names)
+    assert paths.skipped == 7 and labels["class"].tolist() == [0] * len(endings)
+
+
+BAD_FOLDERS = {  # files, and words of the error
+    "missing": ([], "FileNotFoundError"),
+    "a file": (["train"], "NotADirectoryError"),
+    "no classes": (["train/picture.png"], "find any class folder"),
+    "empty classes": (["train/b/a.txt", "train/a/.1.png"], "for the classes a, b"),
+    "hidden class": (["train/.a/1.png", "train/b/1.png"], "for the classes .a"),
+}
+
+
+def refused(data):
+    """What open_data says to a folder."""
+    with pytest.raises(ValueError) as error:
+        open_data(str(data), "train")
+    text = str(error.value)
+    assert text.startswith(f"{data}: needs {data}/train/CLASS/IMAGE (") and "\n" not in text
+    return text
+
+
+@pytest.mark.parametrize("names, words", BAD_FOLDERS.values(), ids=BAD_FOLDERS.keys())
+def test_folders_without_pictures_are_refused(names, words, tmp_path):
+    make_files(tmp_path, *names)
+    assert words in refused(tmp_path)
+
+
+def test_listings_without_pictures_are_refused(tmp_path):
+    for text, words in (
+        ("{}", "KeyError: 'annotations'"),
+        ('{"images": [], "annotations": []}', "the listing has no images"),
+        ('{"images": [{"id": 7}], "annotations": []}', "KeyError: 7"),
+        ('{"images": ', "JSONDecodeError"),
+        ("[]", "TypeError"),
+    ):
+        (tmp_path / "train2018.json").write_text(text)
+        assert words in refused(tmp_path)
+
+
+# ---- 9. The prior
+def test_power_law_prior():
+    golden = np.load(ROOT / "tests/golden/power_law.npz")
     assert len(golden.files) == 12
     for key in golden.files:
         k, exponent = re.fullmatch(r"k(\d+)_e(\d+)", key).groups()
         prior = power_law_prior(int(k), int(exponent) / 100)
+        assert prior.dtype == torch.float64 and abs(prior.sum().item() - 1) < 1e-12
         np.testing.assert_allclose(prior.numpy(), golden[key], rtol=1e-12, err_msg=key)
-
-
-def test_power_law_of_no_prototypes():
+    prior = power_law_prior(1000, 2.5)
+    assert (prior[999] / prior[0]).item() == pytest.approx(1000**-2.5, rel=1e-12)
+    assert power_law_prior(1024, 0).tolist() == [1 / 1024] * 1024
+    assert power_law_prior(1, 0.25).tolist() == [1]
     with pytest.raises(ValueError, match="num_prototypes is 0.* at least 1"):
         power_law_prior(0, 0.25)
-
-
-def test_priors_from_files(tmp_path):
-    weights = [4, 0, 2.5, 1.5]
-    (tmp_path / "a.txt").write_text("4\n0\n2.5\n1.5\n")
-    np.save(tmp_path / "a.npy", np.array(weights, np.float32))
-    np.save(tmp_path / "b.npy", np.array([1, 2, 3, 4]))
-    for name, expected in (("a.txt", weights), ("a.npy", weights), ("b.npy", [1, 2, 3, 4])):
-        prior = open_prior(f"file:{tmp_path / name}", 0.25, 4)
-        np.testing.assert_allclose(prior, np.array(expected) / sum(expected), rtol=1e-15)
-        assert prior.dtype == torch.float64
-    assert torch.equal(open_prior("power-law", 0.5, 9), power_law_prior(9, 0.5))
-    assert torch.equal(open_prior("uniform", 0.5, 9), power_law_prior(9, 0.0))
-
-
-BAD_PRIORS = {  # of 16 weights
-    "a weight too many": "1\n" * 17,
-    "a weight too few": "1\n" * 15,
-    "none": "",
-    "negative": "1\n" * 15 + "-1\n",
-    "not a number": "1\n" * 15 + "nan\n",
-    "infinite": "1\n" * 15 + "inf\n",
-    "zeros": "0\n" * 16,
-    "words": "one\n" * 16,
-    "a picture": b"\x89PNG\xff\xfe",
-    "no file": None,
-}
-
-
-def write_bad_prior(kind, path):
-    """One of BAD_PRIORS as a file: text, or numpy's format if the name says so."""
-    content = BAD_PRIORS[kind]
-    numpy_format = path.suffix == ".npy" and kind != "words"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None and numpy_format:
-        np.save(path, np.array([float(x) for x in content.split()]))
-    elif content is not None:
-        path.write_text(content)
-
-
-@pytest.mark.parametrize("ending", ["txt", "npy"])
-@pytest.mark.parametrize("kind", BAD_PRIORS)
-def test_bad_priors_are_refused(kind, ending, tmp_path):
-    path = tmp_path / f"prior.{ending}"
-    write_bad_prior(kind, path)
-    with pytest.raises(ValueError) as error:
-        open_prior(f"file:{path}", 0.25, 16)
-    assert str(error.value).startswith(f"file:{path} (")
-    assert "give power-law, uniform or file:PATH of 16 weights" in str(error.value)
-
-
-def test_an_unknown_prior_is_refused():
-    with pytest.raises(ValueError, match="^zipf .*: give power-law, uniform or file:PATH"):
-        open_prior("zipf", 0.25, 16)
-
-
-# ---- 10. Properties, of 2,000 data sets at random
-
-
-def random_case(rng):
-    """Labels with gaps, of a few or many classes, equal or not; sizes of a batch that is possible;
-    processes that divide it."""
-    classes = int(rng.integers(1, rng.choice([3, 8, 25]), endpoint=True))
-    sizes = rng.integers(1, rng.choice([1, 3, 9]), size=classes, endpoint=True)
-    if rng.random() < 0.3:
-        sizes = np.maximum(40 // np.arange(1, classes + 1), 1)  # a long tail
-    names = rng.choice(2**40, size=classes, replace=False) - 2**39
-    images = int(sizes.sum())
-    fewest = -(-images // 12)  # of a batch: an epoch has at most twelve
-    batch_size = int(rng.integers(fewest, min(images, 5 * fewest), endpoint=True))
-    k_classes = int(rng.integers(1, min(batch_size, classes), endpoint=True))
-    divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
-    seed, epoch = (int(n) for n in rng.integers(10**6, size=2))
-    labels = names[labels_of(sizes, seed)]
-    return labels, batch_size, k_classes, int(rng.choice(divisors)), seed, epoch
-
-
-@pytest.mark.parametrize("block", range(4))
-def test_properties_of_batches(block):
-    rng = np.random.default_rng([block, 2026])
-    distinct = 0
-    for _ in range(500):
-        labels, batch_size, k_classes, world_size, seed, epoch = random_case(rng)
-        case = dict(seed=seed, epoch=epoch)
-        audit(labels, batch_size, k_classes, **case)  # classes, shares, counts, repetitions
-        whole = epoch_of(labels, batch_size, k_classes, **case)
-        again = epoch_of(labels.tolist(), batch_size, k_classes, **case)
-        np.testing.assert_array_equal(whole, again)
-        ranks = {0, int(rng.integers(world_size)), world_size - 1}
-        share = batch_size // world_size
-        for rank in ranks:
-            cut = epoch_of(labels, batch_size, k_classes, rank=rank, world_size=world_size, **case)
-            np.testing.assert_array_equal(cut, whole[:, rank * share : (rank + 1) * share])
-        if len(labels) >= 12 and whole.size >= 12 and len(set(whole.ravel().tolist())) >= 12:
-            distinct += 1  # the same by chance is less likely than one in 12!
-            for change in (dict(case, epoch=epoch + 1), dict(case, seed=seed + 1)):
-                other = epoch_of(labels, batch_size, k_classes, **change)
-                assert not np.array_equal(other, whole)
-    assert distinct > 200
-
-
-@pytest.mark.parametrize("block", range(4))
-def test_properties_of_plain_shuffles(block):
-    rng = np.random.default_rng([block, 2027])
-    for _ in range(125):
-        labels, batch_size, _, world_size, seed, epoch = random_case(rng)
-        whole = epoch_of(labels, batch_size, seed=seed, epoch=epoch)
-        assert whole.shape == (len(labels) // batch_size, batch_size)
-        assert len(set(whole.ravel().tolist())) == whole.size  # no image twice in an epoch
-        cuts = [
-            epoch_of(labels, batch_size, seed=seed, epoch=epoch, rank=rank, world_size=world_size)
-            for rank in range(world_size)
-        ]
-        np.testing.assert_array_equal(np.concatenate(cuts, axis=1), whole)
-
-
-def test_properties_of_long_tails():
-    rng = np.random.default_rng(2028)
-    for _ in range(500):
-        labels, *_, seed, _ = random_case(rng)
-        exponent = float(rng.choice([0, 0.25, 1, 2.5, 40, rng.random() * 3]))
-        kept = long_tail(labels, exponent, seed)
-        assert kept.tolist() == sorted(set(kept.tolist()))
-        assert 0 <= kept[0] and kept[-1] < len(labels)
-        _, ranks, sizes = np.unique(labels, return_inverse=True, return_counts=True)
-        counts = np.bincount(ranks[kept], minlength=len(sizes))
-        expected = sizes * np.arange(1.0, len(sizes) + 1) ** -exponent
-        assert ((abs(counts - expected) <= 0.5 + 1e-9) | (counts == 1)).all()
-        assert counts.min() >= 1 and (counts <= sizes).all()
-        np.testing.assert_array_equal(long_tail(labels.tolist(), exponent, seed), kept)
-        steeper = long_tail(labels, exponent + 0.5, seed)
-        assert set(steeper.tolist()) <= set(kept.tolist())  # of each class the same come first
-        if exponent == 0:
-            assert len(kept) == len(labels)
-
-
-def test_properties_of_priors():
-    rng = np.random.default_rng(2029)
-    for _ in range(500):
-        num_prototypes = int(rng.integers(1, rng.choice([2, 50, 3000]), endpoint=True))
-        exponent = float(rng.choice([0, 0.25, 1, rng.random() * 6]))
-        prior = power_law_prior(num_prototypes, exponent)
-        assert prior.shape == (num_prototypes,) and prior.dtype == torch.float64
-        assert abs(prior.sum().item() - 1) < 1e-12 and (prior > 0).all()
-        assert (prior.diff() <= 0).all()
-        k = int(rng.integers(1, num_prototypes, endpoint=True))
-        assert prior[k - 1] / prior[0] == pytest.approx(k**-exponent, rel=1e-9)
-        assert torch.equal(power_law_prior(num_prototypes, exponent), prior)
