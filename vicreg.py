@@ -799,27 +799,12 @@ def all_reduce_mean(x):
     return AllReduceMean.apply(x)
 
 
-class AllGather(torch.autograd.Function):
-    """See gather. Each process sends its part to the others, and back each one's gradient."""
-
-    @staticmethod
-    def forward(ctx, z):
-        parts = [torch.empty_like(z) for _ in range(world_size())]
-        dist.all_gather(parts, z)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.contiguous()
-        of_all = torch.empty_like(gradient)  # of our part, by each process
-        dist.all_to_all_single(of_all, gradient)
-        return of_all.unflatten(0, (world_size(), -1)).sum(dim=0)
-
-
 def gather(z):
     """(B, ...) of each process -> (W * B, ...), by rank. Backward: every process's gradient,
     summed; after DDP's mean over processes that is the full batch's gradient."""
-    return AllGather.apply(z.contiguous()) if dist.is_initialized() else z
+    parts = z.new_zeros(world_size(), *z.shape)
+    parts[rank()] = z
+    return (all_reduce_mean(parts) * world_size()).flatten(0, 1)
 
 
 class BatchNorm(nn.BatchNorm1d):
@@ -831,44 +816,19 @@ class BatchNorm(nn.BatchNorm1d):
     def forward(self, x):
         if not self.training or world_size() == 1:
             return super().forward(x)
+        axes = [0, *range(2, x.ndim)]
+        shape = [1, -1] + [1] * (x.ndim - 2)
         x = x.to(self.weight)  # statistics of bfloat16 would be too coarse
+        mean = all_reduce_mean(x.mean(axes))  # (D,)
+        centred = x - mean.view(shape)
+        variance = all_reduce_mean(centred.square().mean(axes))
+        count = x.numel() // x.shape[1] * world_size()
         with torch.no_grad():
-            own = torch.stack(torch.batch_norm_update_stats(x, None, None, 0.0))
-            means, variances = gather(own[None]).unbind(1)  # (W, D) each
-            mean = means.mean(dim=0)
-            variance = (variances + (means - mean).square()).mean(dim=0)
-            count = x.numel() // x.shape[1] * world_size()
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked += 1
-        return NormaliseByAll.apply(x, self.weight, self.bias, mean, variance, self.eps)
-
-
-class NormaliseByAll(torch.autograd.Function):
-    """weight (x - mean) / sqrt(variance + eps) + bias, where mean and variance (D,) are those of
-    x (B, D, ...) of all processes. torch's fused kernels do the work: autograd takes four times
-    as long."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, mean, variance, eps):
-        ctx.eps = eps
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt())
-        return F.batch_norm(x, mean, variance, weight, bias, eps=eps)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight, mean, scale = ctx.saved_tensors
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, None, None, mean, scale, True, ctx.eps, [True, True, True]
-        )
-        # of_x has this process's sums over images where it needs the mean of all processes' sums.
-        sums = torch.stack([of_weight, of_bias])
-        excess = (sums - all_reduce_mean(sums)) * x.shape[1] / x.numel()  # (2, D)
-        slope = weight * scale.square() * excess[0]
-        offset = weight * scale * excess[1] - slope * mean
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        of_x = of_x.addcmul_(x, slope.view(shape)).add_(offset.view(shape))
-        return of_x, of_weight, of_bias, None, None, None
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centred * scale.view(shape) + self.bias.view(shape)
 
 
 def synchronise_batchnorm(model, device):

@@ -32,6 +32,7 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -141,16 +142,12 @@ def read_log(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
-def speed_after(batches, log, batch_size):
+def speed_after(batches, log):
     """Images/s of the updates after the first `batches`, by the lines of a log."""
-    images = 0
-    seconds = 0.0
-    for before, line in zip([dict(step=0), *log], log):
-        if line["step"] > batches:
-            shown = (line["step"] - before["step"]) * batch_size
-            images += shown
-            seconds += shown / line["images_per_second"]
-    return images / seconds
+    pairs = [(before, line) for before, line in pairwise(log) if line["step"] > batches]
+    updates = [line["step"] - before["step"] for before, line in pairs]
+    speeds = [line["images_per_second"] for _, line in pairs]
+    return statistics.harmonic_mean(speeds, updates)
 
 
 def length(batches):
@@ -160,14 +157,12 @@ def length(batches):
 
 def our_run(name, options, data, batches, stack, quick):
     """A side: images/s of a script's run, after its first batches."""
-    script = SCRIPTS[name]
     batches = 1 if quick else batches
     given = arguments(name, options, data, stack, quick)
-    batch_size = script.parse_args(given).batch_size
 
     def take():
-        log = run_in_process(script, [*given, *length(batches)], quick)
-        return {"images/s": speed_after(batches, log, batch_size)}
+        log = run_in_process(SCRIPTS[name], [*given, *length(batches)], quick)
+        return {"images/s": speed_after(batches, log)}
 
     return take
 
@@ -546,11 +541,10 @@ def run_program(name, options, quick, processes=1):
 def speed_of_processes(name, processes, stack, quick):
     """A side: images/s of so many processes, after four batches."""
     batches = 1 if quick else 4
-    args = SCRIPTS[name].parse_args(arguments(name, "", "plates", stack, quick))
 
     def take():
         log = run_program(name, length(batches), quick, processes)["log"]
-        return {"images/s": speed_after(batches, log, args.batch_size)}
+        return {"images/s": speed_after(batches, log)}
 
     return take
 
