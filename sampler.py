@@ -22,9 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torchvision.datasets import CIFAR10, CIFAR100, DatasetFolder
 from torchvision.transforms.v2 import functional as TF
+
+Image.MAX_IMAGE_PIXELS = None  # pictures are the user's own: a large one is no attack,
+PngImagePlugin.MAX_TEXT_CHUNK = 2**30  # nor is a long text or colour profile in it
 
 IN_MEMORY = ("plates", "cifar10", "cifar100")  # one tensor; all other data sets are files
 
@@ -193,7 +196,7 @@ def open_data(data, split, tail=0.0, seed=0):
     data: "plates", "cifar10" or "cifar100" (downloaded into ./data), a folder with
     SPLIT/CLASS/IMAGE, or one with iNaturalist 2018 as published. tail: exponent of a power law of
     class sizes, see long_tail; 0: as they are. It follows from the seed what is left.
-    Returns images, uint8 (N, C, H, W) or Paths of N files, and labels, a dict of integer tensors
+    Returns images, uint8 (N, C, H, W) or a list of N paths, and labels, a dict of integer tensors
     of N rows each, of which the first is the class. ValueError says what the data set lacks."""
     if data == "plates":
         if split == "val":
@@ -226,17 +229,6 @@ def first_line(error):
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
-class Paths(list):
-    """Paths of images. `skipped`: other files beside them, which are left out."""
-
-    skipped = 0
-
-    def chosen(self, indices):
-        chosen = Paths(self[i] for i in indices)
-        chosen.skipped = self.skipped
-        return chosen
-
-
 def open_folder(data, split):
     """Paths of the images below SPLIT/CLASS/, or of those that iNaturalist's SPLIT2018.json lists.
 
@@ -255,11 +247,12 @@ def open_folder(data, split):
         if listing.is_file():
             return read_listing(data, json.loads(listing.read_text()))
         folder = DatasetFolder(root, loader=None, is_valid_file=is_image)
-        paths = Paths(path for path, _ in folder.samples)
         files = sum(len(names) for *_, names in os.walk(root, followlinks=True))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{data}: needs {root}/CLASS/IMAGE ({first_line(error)})") from None
-    paths.skipped = files - len(paths)
+    paths = [path for path, _ in folder.samples]
+    if files > len(paths) and os.environ.get("RANK", "0") == "0":
+        print(f"{root}: {files - len(paths):,} other files are left out")
     return paths, {"class": torch.tensor(folder.targets)}
 
 
@@ -267,10 +260,45 @@ def read_listing(data, listing):
     """Paths and classes of iNaturalist's images, by the contents of its JSON file."""
     category = {item["image_id"]: item["category_id"] for item in listing["annotations"]}
     classes = [int(category[item["id"]]) for item in listing["images"]]
-    paths = Paths(os.path.join(data, item["file_name"]) for item in listing["images"])
+    paths = [os.path.join(data, item["file_name"]) for item in listing["images"]]
     if not paths:
         raise ValueError("the listing has no images")
     return paths, {"class": torch.tensor(classes)}
+
+
+class Unreadable(Exception):
+    """An image file that cannot be used. Its text names the file."""
+
+
+def read_image(path):
+    """An image file -> (3, H, W) uint8, upright. Of 16 bits of grey the upper 8 are used.
+
+    Unreadable: what Pillow cannot read, and 32 bits or floats: nobody knows what is white."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            sixteen_bits = image.mode.startswith("I;16")
+            if image.mode == "I" and image.format in ("PNG", "PPM"):  # these hold 16 bits at most
+                sixteen_bits = True
+            if image.mode in ("I", "F") and not sixteen_bits:
+                raise ValueError(f"mode {image.mode} has no white: convert it to 8 or 16 bits")
+            image = upright(image)
+            if sixteen_bits:
+                grey = torch.from_numpy(np.array(image, dtype=np.int32) // 256)
+                return grey.byte().expand(3, -1, -1)
+            return TF.pil_to_tensor(image.convert("RGB"))
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise Unreadable(f"{path}: unreadable image ({error}): fix or remove it") from None
+
+
+def upright(image):
+    """Turn an image by its EXIF tag, unless that is broken."""
+    try:
+        image.getexif()  # is remembered
+        image.info.pop("exif", None)  # exif_transpose would write it anew, which can fail
+        return ImageOps.exif_transpose(image)
+    except Exception:  # many kinds; the picture itself is fine
+        return image
 
 
 def draw_plates(per_class, seed):

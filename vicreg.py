@@ -42,21 +42,18 @@ except ImportError:  # Windows has no such locks
 
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # idle threads sleep soon: 5x on a busy machine
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torchvision import models
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import IN_MEMORY, KClassBatchSampler, open_data
+from sampler import IN_MEMORY, KClassBatchSampler, Unreadable, open_data, read_image
 
 # ---- 1. Recipe
 CIFAR = dict(
@@ -304,38 +301,33 @@ class CroppedViews(Dataset):
     def __init__(self, images, sizes, args):
         self.images = images
         self.sizes = sizes
-        self.flip = args.flip
-        self.seed = args.seed
-        self.rank = rank()
-        self.world_size = world_size()
+        self.args = args
+        self.own = own_part(args.batch_size // world_size())
 
     def __getitem__(self, item):
         step, indices = item
-        first = self.rank * len(indices)  # of the batch of all processes
         if torch.is_tensor(self.images):
-            return self.crop_tensors(step, indices, first)
-        return self.crop_files(step, indices, first)
+            return self.crop_tensors(step, self.images[indices])
+        return self.crop_files(step, [self.images[i] for i in indices])
 
-    def crop_tensors(self, step, indices, first):
-        """All images at once."""
-        B = len(indices)
-        images = self.images[indices]  # (B, C, H, H); grey ones have a single channel
-        torch.default_generator.manual_seed(hash((self.seed, step, 0)))
+    def crop_tensors(self, step, images):
+        """All images (B, C, H, H) at once; grey ones have a single channel."""
+        torch.default_generator.manual_seed(hash((self.args.seed, step, 0)))
         views = []
         for V, size, area in self.sizes:
-            u = torch.rand(V, B * self.world_size, 10, 4)[:, first : first + B]
-            crops = torch.stack([crop_batch(images, one, area, size, self.flip) for one in u])
+            u = torch.rand(V, self.args.batch_size, 10, 4)[:, self.own]
+            crops = torch.stack([crop_batch(images, one, area, size, self.args.flip) for one in u])
             crops = crops.expand(-1, -1, 3, -1, -1)
             views.append(crops.contiguous())  # else memory cannot be pinned for a GPU
         return views
 
-    def crop_files(self, step, indices, first):
+    def crop_files(self, step, paths):
         """One image after another: they differ in size."""
-        flip = v2.RandomHorizontalFlip(self.flip)
+        flip = v2.RandomHorizontalFlip(self.args.flip)
         images = []
-        for position, index in enumerate(indices, first):
-            image = read_image(self.images[index])  # (3, H, W)
-            torch.default_generator.manual_seed(hash((self.seed, step, 0, position)))
+        for position, path in enumerate(paths, self.own.start):
+            image = read_image(path)  # (3, H, W)
+            torch.default_generator.manual_seed(hash((self.args.seed, step, 0, position)))
             views = []
             for V, size, area in self.sizes:
                 crop = v2.RandomResizedCrop(size, area)
@@ -351,20 +343,15 @@ def crop_batch(images, u, area, size, flip):
     fits, of `area` (fraction of the image) and aspect 3/4 to 4/3 -> (B, C, size, size) uint8."""
     share = area[0] + (area[1] - area[0]) * u[..., 0]  # (B, 10)
     aspect = (4 / 3) ** (2 * u[..., 1] - 1)
-    widths = (share * aspect).sqrt()  # fractions of the image's side
-    heights = (share / aspect).sqrt()
-    fits = (widths <= 1) & (heights <= 1)
-    first = fits.int().argmax(dim=1, keepdim=True)  # if none fits, the first, cut to the image
-    width = widths.gather(1, first)[:, 0].clamp(max=1)  # (B,)
-    height = heights.gather(1, first)[:, 0].clamp(max=1)
-    x = (2 * u[:, 0, 2] - 1) * (1 - width)  # the box's centre, in [-1, 1]
-    y = (2 * u[:, 0, 3] - 1) * (1 - height)
-    width = torch.where(u[:, 1, 2] < flip, -width, width)
+    tries = torch.stack([share * aspect, share / aspect], dim=2).sqrt()  # (B, 10, 2) of the side
+    first = (tries <= 1).all(dim=2).int().argmax(dim=1)  # if none fits, the first, cut to the image
+    sides = tries[torch.arange(len(u)), first].clamp(max=1)  # (B, 2): width, height
+    centre = (2 * u[:, 0, 2:] - 1) * (1 - sides)  # in [-1, 1]
+    sides[:, 0] *= torch.where(u[:, 1, 2] < flip, -1, 1)
     pixel = (2 * torch.arange(size) + 1) / size - 1  # their centres, in [-1, 1]
-    columns = x[:, None] + width[:, None] * pixel  # (B, size)
-    rows = y[:, None] + height[:, None] * pixel
-    columns = columns[:, None, :].expand(-1, size, -1)
-    rows = rows[:, :, None].expand(-1, -1, size)
+    places = centre[:, :, None] + sides[:, :, None] * pixel  # (B, 2, size)
+    columns = places[:, 0, None, :].expand(-1, size, -1)
+    rows = places[:, 1, :, None].expand(-1, -1, size)
     grid = torch.stack([columns, rows], dim=3)  # (B, size, size, 2)
     crops = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return crops.round().byte()
@@ -425,21 +412,17 @@ def jitter_colours(image, shifts, order):
     shifts (B, 4): by how much, 0: not at all; of the hue as a fraction of the circle."""
     for kind in order:
         shift = shifts[:, kind].view(-1, 1, 1, 1)
-        factor = (1 + shift).clamp(min=0)
         if kind == 3:
             image = adjust_hue(image, shift)
-        elif kind == 2:
-            image = blend(greyscale(image), image, factor)
-        elif kind == 1:
-            image = blend(greyscale(image.mean(dim=(2, 3), keepdim=True)), image, factor)
-        else:
-            image = (factor * image).clamp_(0, 1)
+            continue
+        factor = (1 + shift).clamp(min=0)
+        changed = factor * image
+        if kind == 1:
+            changed += (1 - factor) * greyscale(image.mean(dim=(2, 3), keepdim=True))
+        if kind == 2:
+            changed += (1 - factor) * greyscale(image)
+        image = changed.clamp_(0, 1)
     return image
-
-
-def blend(start, end, factor):
-    """From start (factor 0) to end (factor 1) and beyond, cut to [0, 1]."""
-    return (factor * end).add_((1 - factor) * start).clamp_(0, 1)
 
 
 def greyscale(image):
@@ -626,16 +609,14 @@ def training_data(args):
         images, labels = open_data(args.data, "train", args.long_tail, args.seed)
         if first:
             dist.barrier()
-        sampler = KClassBatchSampler(
-            next(iter(labels.values())), args.batch_size, args.k_classes, rank=rank(),
-            world_size=world_size(), seed=args.seed,
+        classes = next(iter(labels.values()))
+        return images, KClassBatchSampler(
+            classes, args.batch_size, args.k_classes, rank=rank(), world_size=world_size(),
+            seed=args.seed,
         )  # fmt: skip
     except ValueError as error:
         options = f"--data {args.data} --batch-size {args.batch_size}"
         fail(f"{options} --k-classes {args.k_classes}: {error}")
-    if args.data not in IN_MEMORY and images.skipped and rank() == 0:
-        print(f"{args.data}: {images.skipped:,} other files are left out")
-    return images, sampler
 
 
 def batch_loader(dataset, sampler, run, args):
@@ -685,47 +666,8 @@ def share_memory(views):
 
 def ignore_signals(worker):
     """A loader process goes on while its run, which has got the same signal, ends an update."""
-    for number in warning_signals():
+    for number in warnings_of_end():
         signal.signal(number, signal.SIG_IGN)
-
-
-Image.MAX_IMAGE_PIXELS = None  # pictures are the user's own: a large one is no attack,
-PngImagePlugin.MAX_TEXT_CHUNK = 2**30  # nor is a long text or colour profile in it
-
-
-class Unreadable(Exception):
-    """An image file that cannot be used. Its text names the file."""
-
-
-def read_image(path):
-    """An image file -> (3, H, W) uint8, upright. Of 16 bits of grey the upper 8 are used.
-
-    Unreadable: what Pillow cannot read, and 32 bits or floats: nobody knows what is white."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            sixteen_bits = image.mode.startswith("I;16")
-            if image.mode == "I" and image.format in ("PNG", "PPM"):  # these hold 16 bits at most
-                sixteen_bits = True
-            if image.mode in ("I", "F") and not sixteen_bits:
-                raise ValueError(f"mode {image.mode} has no white: convert it to 8 or 16 bits")
-            image = upright(image)
-            if sixteen_bits:
-                grey = torch.from_numpy(np.array(image, dtype=np.int32) // 256)
-                return grey.byte().expand(3, -1, -1)
-            return TF.pil_to_tensor(image.convert("RGB"))
-    except Exception as error:  # Pillow raises many kinds for damaged files
-        raise Unreadable(f"{path}: unreadable image ({error}): fix or remove it") from None
-
-
-def upright(image):
-    """Turn an image by its EXIF tag, unless that is broken."""
-    try:
-        image.getexif()  # is remembered
-        image.info.pop("exif", None)  # exif_transpose would write it anew, which can fail
-        return ImageOps.exif_transpose(image)
-    except Exception:  # many kinds; the picture itself is fine
-        return image
 
 
 # ---- Processes
@@ -839,12 +781,6 @@ def synchronise_batchnorm(model, device):
 
 
 # ---- A run in its folder
-def warning_signals():
-    """Those by which a terminal or a scheduler says that the end is near."""
-    names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
-    return [number for number in signal.Signals if number.name in names]
-
-
 class Run:
     """A run's folder: where the run continues, its log, its checkpoints, and when it stops.
 
@@ -855,11 +791,10 @@ class Run:
 
     MAY_CHANGE = ("data", "out", "steps", "workers", "log_every", "save_minutes")  # on continuing
     FIRST_LINES = (1, 2, 5, 10, 20)  # steps that are logged besides every --log-every
-    COLLAPSED = dict(information=0.02, embedding_std=0.02, target_std=0.02)  # below this
+    INDICATORS = ("information", "embedding_std", "target_std")  # 0: all images look the same
 
     def __init__(self, script, parts, sampler, args):
-        """Continue from the checkpoint, if there is one. parts: {name: what it holds}, the network
-        first."""
+        """Continue from the checkpoint, if there is one. parts: what it holds, network first."""
         self.parts = parts
         self.args = args
         self.out = Path(args.out)
@@ -870,7 +805,7 @@ class Run:
         self.last = min(args.steps or horizon, horizon)
         self.step = 0  # updates made
         self.metrics = []  # of the updates since the last line of the log
-        self.line = {}  # the last one
+        self.line = {}  # that one
         self.received = 0  # the number of the signal that this process got
         if rank() == 0:
             self.lock_folder()
@@ -878,11 +813,11 @@ class Run:
         if rank() == 0:
             network = next(iter(parts.values()))
             trained = [p for p in network.parameters() if p.requires_grad]
-            parameters = sum(p.numel() for p in trained)
             start = f"continues after step {self.step:,}" if self.step else "new"
             print(f"{script}: {args.data}, {sampler.describe(self.last)}; {args.epochs} epochs, "
-                  f"{horizon:,} steps; {parameters:,} parameters; processes: {world_size()}, on "
-                  f"{trained[0].device.type}; {self.out}, {start}", flush=True)  # fmt: skip
+                  f"{horizon:,} steps; {sum(p.numel() for p in trained):,} parameters; "
+                  f"{trained[0].device.type}, processes: {world_size()}; {self.out}, {start}",
+                  flush=True)  # fmt: skip
 
     def lock_folder(self):
         """Make the folder; refuse it if another run writes there."""
@@ -907,14 +842,12 @@ class Run:
                 state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
                 there = state["options"]
             except Exception as error:  # torch raises many kinds for damaged files
-                name = type(error).__name__
-                fail(f"{self.checkpoint}: damaged or foreign ({name}): move it or change --out")
-            names = [name for name in self.options if name not in self.MAY_CHANGE]
-            wrong = [name for name in names if there.get(name) != self.options[name]]
-            if wrong:
-                here = ", ".join(f"{name} {self.options[name]}" for name in wrong)
-                made = ", ".join(f"{name} {there.get(name)}" for name in wrong)
-                fail(f"{here}: but {self.checkpoint} has {made}: give the same or another --out")
+                kind = type(error).__name__
+                fail(f"{self.checkpoint}: damaged or foreign ({kind}): move it or change --out")
+            made = [x for x in there.items() if x not in self.options.items()]
+            made = [f"{name} {value}" for name, value in made if name not in self.MAY_CHANGE]
+            if made:
+                fail(f"--out {self.out}: its run has {', '.join(made)}: give that or another --out")
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.step = state["step"]
@@ -936,13 +869,10 @@ class Run:
 
         A signal that warns of the end stops it after the present update, with exit status 128 + its
         number. What fails between two updates, such as a picture, is raised after saving."""
-        handlers = {}
-        for number in warning_signals():
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-                handlers[number] = signal.signal(number, self.stop_soon)
+        handlers = {number: signal.signal(number, self.stop_soon) for number in warnings_of_end()}
         hidden = None if rank() == 0 else True  # None: unless it is a terminal
         self.bar = tqdm(total=self.last, initial=self.step, unit="step", disable=hidden)
-        self.start_time = self.save_time = self.line_time = time.time()
+        start = self.save_time = self.line_time = time.time()
         self.line_step = self.step
         items = iter(loader)
         while self.step < self.last:
@@ -955,10 +885,18 @@ class Run:
         self.bar.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        if rank() == 0:
-            print(self.outcome())
         if self.step < self.last:
+            if rank() == 0:
+                print(f"stopped after step {self.step} of {self.last}, saved in {self.checkpoint}; "
+                      "the same command continues")  # fmt: skip
             sys.exit(128 + self.stop_signal)
+        if rank() == 0:
+            minutes = (time.time() - start) / 60
+            print(f"{self.step} steps, {minutes:.1f} minutes: {self.checkpoint}\n"
+                  f"next: python linear_eval.py {self.checkpoint}")  # fmt: skip
+            for name in self.INDICATORS:
+                if self.line.get(name, 1) < 0.02:
+                    print(f"warning: collapse: {name} is {self.line[name]:.2g}: lower the rate")
 
     def next_batch(self, items):
         """The next item. Between two updates processes agree: whether to save, and whether to stop,
@@ -977,9 +915,8 @@ class Run:
             self.save()
         if failed:
             self.bar.close()
-        if failure:
-            raise failure
-        if failed:
+            if failure:
+                raise failure
             time.sleep(10)  # that process says why, and torchrun ends the others
             sys.exit("another process has failed")
         return batch
@@ -989,60 +926,46 @@ class Run:
         self.received = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    def outcome(self):
-        """What has been done, and the next command."""
-        if self.step < self.last:
-            return (
-                f"stopped after step {self.step} of {self.last}, saved in {self.checkpoint}; "
-                "the same command continues"
-            )
-        minutes, seconds = divmod(round(time.time() - self.start_time), 60)
-        text = f"{self.step} steps, {minutes} min {seconds} s: {self.checkpoint}\n"
-        for name, low in self.COLLAPSED.items():
-            if self.line.get(name, 1) < low:
-                text += f"warning: collapse: {name} is {self.line[name]:.2g}: lower the rate\n"
-        return text + f"next: python linear_eval.py {self.checkpoint}"
-
     def log(self, metrics, rates):
         """Count an update, and write a line of the log if it is time.
 
         metrics {name: scalar tensor}: the line has their means over updates since the last line and
         over processes. rates {name: number}: the line has the last."""
         self.step += 1
-        self.metrics.append({name: x.detach() for name, x in metrics.items()})
+        self.metrics.append(torch.stack([*metrics.values()]).detach())
+        self.names = list(metrics)
         self.rates = rates
         with contextlib.suppress(OSError):  # a terminal that is gone must not end the run unsaved
             self.bar.update()
-        early = self.step in self.FIRST_LINES and self.step < self.args.log_every
-        if early or self.step % self.args.log_every == 0:  # else not even .item(): a GPU would wait
-            self.write_line()
+        if self.step in self.FIRST_LINES or self.step % self.args.log_every == 0:
+            self.write_line()  # at other steps nothing waits for a GPU
 
     def write_line(self):
         """Append to log.jsonl; show the loss in the bar, or the line if there is no terminal."""
-        values = torch.stack([torch.stack([*row.values()]) for row in self.metrics]).double()
+        values = torch.stack(self.metrics).double()  # (updates, metrics)
         dist.all_reduce(values)
-        values = values.cpu() / world_size()  # (updates, metrics)
+        values = values.cpu() / world_size()
         finite = values.isfinite().all(dim=1)
         if not finite.all():
             self.bar.close()
             step = self.step - len(finite) + 1 + finite.int().argmin().item()
             fail(f"the loss is not finite at step {step}: lower the learning rate")
         now = time.time()
-        images = (self.step - self.line_step) * self.args.batch_size
-        self.line = dict(step=self.step, epoch=(self.step - 1) // self.epoch_steps) | self.rates
-        self.line |= zip(self.metrics[0], values.mean(dim=0).tolist())
-        self.line["images_per_second"] = images / (now - self.line_time)
+        images = len(self.metrics) * self.args.batch_size
+        line = dict(step=self.step, epoch=(self.step - 1) // self.epoch_steps) | self.rates
+        line |= zip(self.names, values.mean(dim=0).tolist())
+        line["images_per_second"] = images / (now - self.line_time)
+        self.line = line
         self.metrics = []
-        self.line_step = self.step
         self.line_time = now
         if rank() > 0:
             return
         with (self.out / "log.jsonl").open("a") as file:
-            print(json.dumps(self.line), file=file)
+            print(json.dumps(line), file=file)
         with contextlib.suppress(OSError):
-            self.bar.set_postfix(loss=f"{self.line['loss']:.4g}")
+            self.bar.set_postfix(loss=f"{line['loss']:.4g}")
             if self.bar.disable:
-                print(*[f"{name} {x:.4g}" for name, x in self.line.items()], flush=True)
+                print(*[f"{name} {x:.4g}" for name, x in line.items()], flush=True)
 
     def save(self):
         """Write the checkpoint under another name, then rename it: a kill leaves no half file."""
@@ -1055,6 +978,13 @@ class Run:
             state |= {name: part.state_dict() for name, part in self.parts.items()}
             torch.save(state, self.out / "checkpoint.partial")
             os.replace(self.out / "checkpoint.partial", self.checkpoint)
+
+
+def warnings_of_end():
+    """Signals that say that the end is near, if this system has them and nohup ignores them not."""
+    names = {"SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+    known = [number for number in signal.Signals if number.name in names]
+    return [number for number in known if signal.getsignal(number) != signal.SIG_IGN]
 
 
 def draw_views(groups, out, normalised):
