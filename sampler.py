@@ -288,7 +288,7 @@ def read_image(path):
                 return grey.byte().expand(3, -1, -1)
             return TF.pil_to_tensor(image.convert("RGB"))
     except Exception as error:  # Pillow raises many kinds for damaged files
-        raise Unreadable(f"{path}: unreadable image ({error}): fix or remove it") from None
+        raise Unreadable(f"{path}: unreadable image ({error}): replace it") from None
 
 
 def upright(image):
