@@ -807,8 +807,8 @@ class Run:
         self.checkpoint = self.out / "checkpoint.pt"
         self.options = dict(script=script, images=len(sampler.labels)) | vars(args)
         self.epoch_steps = len(sampler)
-        horizon = args.epochs * self.epoch_steps
-        self.last = min(args.steps or horizon, horizon)
+        self.horizon = args.epochs * self.epoch_steps
+        self.last = min(args.steps or self.horizon, self.horizon)
         self.step = 0  # updates made
         self.metrics = []  # of the updates since the last line of the log
         self.line = {}  # that one
@@ -821,7 +821,7 @@ class Run:
             trained = [p for p in network.parameters() if p.requires_grad]
             start = f"continues after step {self.step:,}" if self.step else "new"
             print(f"{script}: {args.data}, {sampler.describe(self.last)}; {args.epochs} epochs, "
-                  f"{horizon:,} steps; {sum(p.numel() for p in trained):,} parameters; "
+                  f"{self.horizon:,} steps; {sum(p.numel() for p in trained):,} parameters; "
                   f"{trained[0].device.type}, processes: {world_size()}; {self.out}, {start}",
                   flush=True)  # fmt: skip
 
@@ -901,7 +901,7 @@ class Run:
             print(f"{self.step} steps, {minutes:.1f} minutes: {self.checkpoint}\n"
                   f"next: python linear_eval.py {self.checkpoint}")  # fmt: skip
             for name in self.INDICATORS:
-                if self.line.get(name, 1) < 0.02:
+                if self.step == self.horizon and self.line.get(name, 1) < 0.02:
                     print(f"warning: collapse: {name} is {self.line[name]:.2g}: lower the rate")
 
     def next_batch(self, items):

@@ -52,7 +52,13 @@ from torchvision.transforms import v2
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from sampler import IN_MEMORY, KClassBatchSampler, Unreadable, open_data, read_image
+from sampler import (
+    IN_MEMORY,
+    KClassBatchSampler,
+    Unreadable,
+    open_data,
+    read_image,
+)
 
 # ---- 1. Recipe
 SMALL = dict(
@@ -176,8 +182,9 @@ def sinkhorn_balance(assignment, prior, rounds=3):
 
 
 def msn_loss(
-    anchors, targets, prototypes, temperature=0.1, sharpen=0.25, me_max_weight=1.0, sinkhorn=False
-):
+    anchors, targets, prototypes, temperature=0.1, sharpen=0.25, me_max_weight=1.0,
+    sinkhorn=False,
+):  # fmt: skip
     """Eq. 1 of MSN. anchors (V*B, D), view-major; targets (B, D); prototypes (K, D).
 
     Returns (loss, cross_entropy, me_max), in nats. cross_entropy is this process's mean, which DDP
@@ -578,6 +585,10 @@ def msn_step(model, target, optimizer, target_view, anchor_views, keep, rates, a
         anchors, targets, prototypes, args.temperature, args.sharpen, args.me_max_weight,
         args.sinkhorn,
     )  # fmt: skip
+    with torch.no_grad():  # before the update, for the log
+        p = log_assignment(anchors, prototypes, args.temperature).exp()
+        mean_p = all_reduce_mean(p.mean(dim=0))  # (K,)
+        entropy = -torch.special.xlogy(mean_p, mean_p).sum()  # of the mean prediction
 
     optimizer.zero_grad()
     loss.backward()
@@ -586,7 +597,6 @@ def msn_step(model, target, optimizer, target_view, anchor_views, keep, rates, a
     with torch.no_grad():  # parameters only: the target's BatchNorm has statistics of its own
         torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - rates["ema"])
 
-    entropy = math.log(args.num_prototypes) - me_max  # of the mean prediction
     return dict(
         loss=loss,
         cross_entropy=cross_entropy,
@@ -598,7 +608,7 @@ def msn_step(model, target, optimizer, target_view, anchor_views, keep, rates, a
 
 
 def train(args, device):
-    """Train MSN. Run continues, logs, saves and stops; the method is msn_step."""
+    """Run continues, logs, saves and stops; the method is one update, above."""
     images, sampler = training_data(args)
     torch.manual_seed(args.seed)  # the same initial weights on every process
     encoder = VisionTransformer(
@@ -622,7 +632,9 @@ def train(args, device):
         anchor_views = [views.flatten(0, 1) for views in (full[1:], *focal)]
         keep = patches_to_keep(args).to(device, non_blocking=True)
         rates = schedule(step, len(sampler), args)
-        metrics = msn_step(model, target, optimizer, target_view, anchor_views, keep, rates, args)
+        metrics = msn_step(
+            model, target, optimizer, target_view, anchor_views, keep, rates, args
+        )  # fmt: skip
         if step == 0:
             draw_views([full, *focal], run.out, normalised=True)
         run.log(metrics, rates)
@@ -896,8 +908,8 @@ class Run:
         self.checkpoint = self.out / "checkpoint.pt"
         self.options = dict(script=script, images=len(sampler.labels)) | vars(args)
         self.epoch_steps = len(sampler)
-        horizon = args.epochs * self.epoch_steps
-        self.last = min(args.steps or horizon, horizon)
+        self.horizon = args.epochs * self.epoch_steps
+        self.last = min(args.steps or self.horizon, self.horizon)
         self.step = 0  # updates made
         self.metrics = []  # of the updates since the last line of the log
         self.line = {}  # that one
@@ -910,7 +922,7 @@ class Run:
             trained = [p for p in network.parameters() if p.requires_grad]
             start = f"continues after step {self.step:,}" if self.step else "new"
             print(f"{script}: {args.data}, {sampler.describe(self.last)}; {args.epochs} epochs, "
-                  f"{horizon:,} steps; {sum(p.numel() for p in trained):,} parameters; "
+                  f"{self.horizon:,} steps; {sum(p.numel() for p in trained):,} parameters; "
                   f"{trained[0].device.type}, processes: {world_size()}; {self.out}, {start}",
                   flush=True)  # fmt: skip
 
@@ -990,7 +1002,7 @@ class Run:
             print(f"{self.step} steps, {minutes:.1f} minutes: {self.checkpoint}\n"
                   f"next: python linear_eval.py {self.checkpoint}")  # fmt: skip
             for name in self.INDICATORS:
-                if self.line.get(name, 1) < 0.02:
+                if self.step == self.horizon and self.line.get(name, 1) < 0.02:
                     print(f"warning: collapse: {name} is {self.line[name]:.2g}: lower the rate")
 
     def next_batch(self, items):

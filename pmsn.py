@@ -588,6 +588,10 @@ def pmsn_step(model, target, optimizer, target_view, anchor_views, keep, prior, 
         anchors, targets, prototypes, prior, args.temperature, args.sharpen, args.prior_weight,
         args.sinkhorn,
     )  # fmt: skip
+    with torch.no_grad():  # before the update, for the log
+        p = log_assignment(anchors, prototypes, args.temperature).exp()
+        mean_p = all_reduce_mean(p.mean(dim=0))  # (K,)
+        entropy = -torch.special.xlogy(mean_p, mean_p).sum()  # of the mean prediction
 
     optimizer.zero_grad()
     loss.backward()
@@ -596,9 +600,6 @@ def pmsn_step(model, target, optimizer, target_view, anchor_views, keep, prior, 
     with torch.no_grad():  # parameters only: the target's BatchNorm has statistics of its own
         torch._foreach_lerp_(list(target.parameters()), list(model.parameters()), 1 - rates["ema"])
 
-    with torch.no_grad():  # for the log: of the mean prediction
-        usage = log_assignment(anchors, prototypes, args.temperature).exp().mean(dim=0)  # (K,)
-        entropy = -(usage * prior.to(usage).clamp(min=1e-38).log()).sum() - kl
     return dict(
         loss=loss,
         cross_entropy=cross_entropy,
@@ -615,17 +616,16 @@ def prior_of(args):
         return power_law_prior(args.num_prototypes, args.exponent)
     try:
         weights = [float(weight) for weight in Path(args.prior).read_text().split()]
-    except (OSError, ValueError) as error:
-        fail(f"--prior {args.prior}: {error}: give a file of numbers")
-    weights = torch.tensor(weights, dtype=torch.float64)
-    if len(weights) != args.num_prototypes or not (weights >= 0).all() or weights.sum() == 0:
-        needed = f"{args.num_prototypes} weights >= 0, one for each prototype"
-        fail(f"--prior {args.prior}: give {needed}")
+        weights = torch.tensor(weights, dtype=torch.float64).view(args.num_prototypes)
+        if weights.min() < 0 or not 0 < weights.sum() < math.inf:
+            raise ValueError("weights below 0, or all of them 0")
+    except (OSError, ValueError, RuntimeError) as error:
+        fail(f"--prior {args.prior}: {error}: give {args.num_prototypes} weights of at least 0")
     return weights / weights.sum()
 
 
 def train(args, device):
-    """Train PMSN. Run continues, logs, saves and stops; the method is pmsn_step."""
+    """Run continues, logs, saves and stops; the method is one update, above."""
     prior = prior_of(args).to(device)
     images, sampler = training_data(args)
     torch.manual_seed(args.seed)  # the same initial weights on every process
@@ -652,7 +652,7 @@ def train(args, device):
         rates = schedule(step, len(sampler), args)
         metrics = pmsn_step(
             model, target, optimizer, target_view, anchor_views, keep, prior, rates, args
-        )
+        )  # fmt: skip
         if step == 0:
             draw_views([full, *focal], run.out, normalised=True)
         run.log(metrics, rates)
@@ -926,8 +926,8 @@ class Run:
         self.checkpoint = self.out / "checkpoint.pt"
         self.options = dict(script=script, images=len(sampler.labels)) | vars(args)
         self.epoch_steps = len(sampler)
-        horizon = args.epochs * self.epoch_steps
-        self.last = min(args.steps or horizon, horizon)
+        self.horizon = args.epochs * self.epoch_steps
+        self.last = min(args.steps or self.horizon, self.horizon)
         self.step = 0  # updates made
         self.metrics = []  # of the updates since the last line of the log
         self.line = {}  # that one
@@ -940,7 +940,7 @@ class Run:
             trained = [p for p in network.parameters() if p.requires_grad]
             start = f"continues after step {self.step:,}" if self.step else "new"
             print(f"{script}: {args.data}, {sampler.describe(self.last)}; {args.epochs} epochs, "
-                  f"{horizon:,} steps; {sum(p.numel() for p in trained):,} parameters; "
+                  f"{self.horizon:,} steps; {sum(p.numel() for p in trained):,} parameters; "
                   f"{trained[0].device.type}, processes: {world_size()}; {self.out}, {start}",
                   flush=True)  # fmt: skip
 
@@ -1020,7 +1020,7 @@ class Run:
             print(f"{self.step} steps, {minutes:.1f} minutes: {self.checkpoint}\n"
                   f"next: python linear_eval.py {self.checkpoint}")  # fmt: skip
             for name in self.INDICATORS:
-                if self.line.get(name, 1) < 0.02:
+                if self.step == self.horizon and self.line.get(name, 1) < 0.02:
                     print(f"warning: collapse: {name} is {self.line[name]:.2g}: lower the rate")
 
     def next_batch(self, items):
