@@ -615,7 +615,8 @@ def number(kind, low, high=math.inf):
     def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
-            raise argparse.ArgumentTypeError(f"{text}: give a number from {low} to {high}")
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text}: give a number {limits}")
         return value
 
     parse.__name__ = kind.__name__  # argparse's own message has it
