@@ -208,7 +208,7 @@ def open_data(data, split, tail=0.0, seed=0):
         images, labels = open_folder(data, split)
     if tail:
         kept = long_tail(labels["class"], tail, seed)
-        images = images[kept] if torch.is_tensor(images) else images.chosen(kept)
+        images = images[kept] if torch.is_tensor(images) else [images[i] for i in kept]
         labels = {"class": labels["class"][kept]}
     return images, labels
 
