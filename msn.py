@@ -740,8 +740,6 @@ def batch_loader(dataset, sampler, run, args):
     workers = args.workers
     if workers is None:
         workers = 0 if args.data in IN_MEMORY else cores_of_process()
-    if workers and len(tempfile.gettempdir()) > 70:
-        fail(f"TMPDIR {tempfile.gettempdir()}: too long for the sockets of --workers: set another")
     return DataLoader(
         dataset,
         batch_size=None,
@@ -795,6 +793,8 @@ def process_group():
     if sys.platform == "linux":  # glibc shall keep freed memory: giving it back took half the time
         ctypes.CDLL(None).mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if len(tempfile.gettempdir()) > 70:  # TMPDIR: too long a name for loader processes' sockets
+        tempfile.tempdir = "/tmp"
     alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
     if alone and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         fail("srun starts this script several times: let each srun task start torchrun instead")
