@@ -624,7 +624,6 @@ def number(kind, low, high=math.inf):
 
 
 positive_int = number(int, 1)
-two_or_more = number(int, 2)
 count = number(int, 0)
 positive = number(float, 1e-12)
 nonnegative = number(float, 0)

@@ -226,7 +226,8 @@ def open_cifar(data, split):
 
 def first_line(error):
     """Kind and text of an error, the latter cut to its first line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    text = f"{type(error).__name__}: {error}"
+    return text.splitlines()[0]
 
 
 def open_folder(data, split):
