@@ -50,7 +50,7 @@ def show(axis, picture):
 
 def two_views(images):
     """SimCLR's, as the network gets them: (2, N, 3, 32, 32) in [0, 1]."""
-    args = simclr.parse_args([])
+    args = simclr.parse_args(["--batch-size", str(len(images))])
     with simclr.process_group() as device:
         dataset = simclr.CroppedViews(images, [(2, args.image_size, args.crop)], args)
         (crops,) = dataset[0, list(range(len(images)))]
@@ -72,7 +72,7 @@ def draw_batches():
         chosen = some_of_a_batch(labels["number"], k_classes)
         tiles = images[chosen, 0].view(4, 8, 32, 32)
         tiles = torch.nn.functional.pad(tiles, (0, 2, 0, 2), value=255)  # white gaps
-        mosaic = tiles.permute(0, 2, 1, 3).reshape(4 * 34, 8 * 34)
+        mosaic = tiles.permute(0, 2, 1, 3).reshape(4 * 34, 8 * 34).numpy()
         axis = figure.add_axes((0.005 + half * 0.505, 0, 0.49, 0.87))
         axis.imshow(mosaic, cmap="gray", vmin=0, vmax=255)
         axis.set_axis_off()

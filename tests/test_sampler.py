@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,8 +85,8 @@ def audit(labels, batch_size, k_classes, batches):
 
 
 def random_case(rng):
-    """Labels with gaps, of a few or many classes, equal or not; a batch that the processes share, of
-    which an epoch has about ten at most; K; processes; seed."""
+    """Labels with gaps, of few or many classes, equal or not; batch, of which an epoch has about
+    ten at most; K; processes, which share the batch; seed."""
     classes = rng.integers(1, rng.choice([3, 8, 25]), endpoint=True)
     largest = rng.choice([1, 3, 9, 30, 300], p=[0.1, 0.2, 0.3, 0.25, 0.15])
     sizes = rng.integers(1, largest, size=classes, endpoint=True)
@@ -261,10 +262,22 @@ def test_the_table_of_docs(k_classes):
     classes = images.reshape(1000, 150).sum(axis=1)
     repeated = max(1024 - len(set(batch)) for batch in batches)
     row = (
-        f"| {k_classes} | {(classes == 0).sum()} | {(images == 0).sum():,} | {classes.min()} to"
-        f" {classes.max()} | {images.min()} to {images.max()} | {repeated} |"
+        f"| {k_classes} | {(classes == 0).sum()} | {(images == 0).sum():,} | "
+        f"{classes.min()}–{classes.max()} | {images.min()}–{images.max()} | {repeated} |"
     )
     assert row in (ROOT / "docs/sampler.md").read_text().splitlines()
+
+
+def test_the_picture_of_docs():
+    """32 plates of a batch of 8 classes beside 32 of a batch of 960."""
+    numbers = torch.arange(150_000) // 150
+    few, many = (numbers[pictures.some_of_a_batch(numbers, k)].unique() for k in (8, 960))
+    assert len(few) == 8 and len(many) >= 28
+    path = ROOT / "docs/batches.png"
+    there = np.asarray(Image.open(path), dtype=float)
+    made = pictures.pixels(pictures.draw_batches()).astype(float)
+    assert path.stat().st_size < 60_000 and there.shape == made.shape == (225, 800)
+    assert np.abs(made - there).mean() < 6  # levels of 16 among 256
 
 
 def test_describe():
@@ -418,19 +431,18 @@ def test_a_steep_tail_of_plates_keeps_ten_of_each():
         assert sizes.sum() == 150_000 and sizes.min() == 10
 
 
-def test_open_data_cuts_the_training_set_alone(monkeypatch, tmp_path):
+def test_open_data_cuts_the_training_set(monkeypatch, tmp_path):
     monkeypatch.setattr("sampler.draw_plates", lambda per_class, seed: (per_class, seed))
     assert open_data("plates", "train") == (150, 0)
     assert open_data("plates", "val", tail=1.0, seed=5) == (10, 1)
     sizes, seed = open_data("plates", "train", tail=1.0, seed=5)
     assert seed == 0 and sizes.tolist() == long_tailed_sizes(1.0, 5).tolist()
 
-    make_files(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(12)), "train/a/notes.txt")
+    make_files(tmp_path, *(f"train/{'ab'[i % 2]}/{i}.png" for i in range(12)))
     whole, _ = open_data(str(tmp_path), "train")
     paths, labels = open_data(str(tmp_path), "train", tail=1.0, seed=5)
     assert labels["class"].tolist() == [0] * 6 + [1] * 3
     assert [path for path in whole if path in paths] == paths
-    assert paths.skipped == whole.skipped == 1
 
 
 def test_long_tail_keeps_a_power_of_the_rank():
@@ -486,12 +498,12 @@ def test_cifar_is_one_tensor(data, name, monkeypatch):
         open_data(data, "train")
 
 
-def test_folders_and_listings_are_read(tmp_path):
+def test_folders_and_listings_are_read(tmp_path, capsys):
     make_files(tmp_path, "train/b/2.png", "train/a/1.png", "train/b/x/10.png")
     make_files(tmp_path, "val/a/0.png", "val/c/0.png")
     paths, labels = open_data(str(tmp_path), "train")
     in_order = ["train/a/1.png", "train/b/2.png", "train/b/x/10.png"]
-    assert paths == [str(tmp_path / name) for name in in_order] and paths.skipped == 0
+    assert paths == [str(tmp_path / name) for name in in_order] and capsys.readouterr().out == ""
     assert {k: x.tolist() for k, x in labels.items()} == {"class": [0, 1, 1]}
     assert open_data(str(tmp_path), "val")[1]["class"].tolist() == [0, 1]
     listing = dict(  # iNaturalist's: images in any order, and annotations in another
@@ -505,8 +517,8 @@ def test_folders_and_listings_are_read(tmp_path):
     assert len(open_data(str(tmp_path), "val")[0]) == 2  # only what is listed is read from a list
 
 
-def test_all_that_pillow_reads_is_an_image(tmp_path):
-    """What else lies there is counted."""
+def test_all_that_pillow_reads_is_an_image(tmp_path, capsys, monkeypatch):
+    """What else lies there is counted, in a line of the first process."""
     endings = [".jpg", ".JPEG", ".jfif", ".jpe", ".mpo", ".gif", ".webp", ".bmp", ".tiff", ".ppm"]
     if ".avif" in Image.registered_extensions():
         endings.append(".avif")
@@ -515,7 +527,10 @@ def test_all_that_pillow_reads_is_an_image(tmp_path):
     make_files(tmp_path, *names, *(f"train/class/{name}" for name in others), "train/a.jpg")
     paths, labels = open_data(str(tmp_path), "train")
     assert sorted(paths) == sorted(str(tmp_path / name) for name in names)
-    assert paths.skipped == 7 and labels["class"].tolist() == [0] * len(endings)
+    assert labels["class"].tolist() == [0] * len(endings)
+    monkeypatch.setenv("RANK", "1")
+    open_data(str(tmp_path), "train")
+    assert capsys.readouterr().out == f"{tmp_path}/train: 7 other files are left out\n"
 
 
 BAD_FOLDERS = {  # files, and words of the error
