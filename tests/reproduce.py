@@ -27,6 +27,8 @@ import tables
 import torch
 from tqdm import tqdm
 
+import sampler
+
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 EVALUATE = "linear_eval.py {out}/checkpoint.pt"
@@ -133,7 +135,7 @@ def perform(run, out, results, threads, pictures):
         command, file = MEASURES[name]
         if command and not (there / file).exists():
             call(*command.format(out=there).split(), log=there, threads=threads)
-        numbers |= read_measure(name, json.loads((there / file).read_text()))
+        numbers |= read_measure(name, json.loads((there / file).read_text()), there)
     line = dict(
         command=run.full_command,
         seed=run.seed,
@@ -165,12 +167,16 @@ def call(script, *options, log, threads):
         subprocess.run(command, check=True, env=environment, stdout=output, stderr=output)
 
 
-def read_measure(name, found):
-    """What a line of results has of a measure's JSON file."""
+def read_measure(name, found, there):
+    """What a line of results has of a measure's JSON file; there: the run's folder."""
     name, _, _ = name.partition(",")
     if "best" not in found:
         return {name: found}
-    kept = {name: found["best"]}
+    sizes = found["class_sizes"]  # of the data as they are
+    options = json.loads((there / "options.json").read_text())
+    if options["data"] == "plates" and options["long_tail"]:
+        sizes = sampler.long_tailed_sizes(options["long_tail"], options["seed"])
+    kept = {name: found["best"] | tables.groups(found["top1_per_class"], sizes)}
     if found["untrained_heads"]:
         kept[f"{name} untrained"] = found["untrained_heads"][0]
     return kept

@@ -36,7 +36,7 @@ def test_it_draws_by_the_shares_and_in_its_form(few_drawings, monkeypatch):
     def step(model, target, optimizer, target_view, anchor_views, keep, prior, rates, args):
         assert args.sinkhorn and prior.shape == (2,) and len(anchor_views) == 1
         seen.append([target_view.flatten(1), anchor_views[0].flatten(1)])
-        return dict(loss=torch.zeros(())), None
+        return dict(loss=torch.zeros(()))
 
     monkeypatch.setattr(toy.pmsn, "pmsn_step", step)
     for drawings in (2, 1):
