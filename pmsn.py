@@ -100,8 +100,7 @@ def parse_args(argv=None):
     g.add_argument("--sharpen", type=positive, default=0.25, help="targets: temperature times this")
     g.add_argument("--prior-weight", type=nonnegative, default=1.0, help="of the prior's term")
     g.add_argument("--exponent", type=nonnegative, default=0.25, help="of the power-law prior")
-    g.add_argument("--prior", type=os.path.expanduser,
-                   help="file of K weights to use instead, text")  # fmt: skip
+    g.add_argument("--prior", type=os.path.expanduser, help="file of K weights to use instead")
     g.add_argument("--sinkhorn", action=argparse.BooleanOptionalAction, default=False,
                    help="balance the targets over prototypes")  # fmt: skip
     g.add_argument("--ema", type=fraction, default=0.996, help="of the target at first; rises to 1")

@@ -3,35 +3,25 @@
 import copy
 import math
 import random
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import timm
 import torch
+from recorded import DTYPES, assert_close, load, options, tensor
+from test_msn_views import changed_by_torchvision
 from torchvision.transforms.v2 import functional as TF
 
 import data2vec
 
-GOLDEN = Path(__file__).parent / "golden"
-MASKS, TARGETS, FORWARD, EMA, TRAJECTORY = (
-    np.load(GOLDEN / f"data2vec_{x}.npz")
-    for x in ("masks", "targets", "forward", "ema", "trajectory")
-)
+MASKS = load("data2vec_masks")
+TARGETS = load("data2vec_targets")
+FORWARD = load("data2vec_forward")
+EMA = load("data2vec_ema")
+TRAJECTORY = load("data2vec_trajectory")
 TINY = dict(image_size=32, patch_size=8, dim=40, depth=4, heads=4)
-ADJUSTMENTS = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["f64", "f32"])
 OTHER_NORMS = ["postln_only", "perlayerln_only", "instnorm_then_perlayerln", "plain_average"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small tensors gain nothing from more threads, and lose much beside other programs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def ours(name):
@@ -48,15 +38,7 @@ def recorded(golden, prefix, dtype):
     return model.to(dtype)
 
 
-def tensor(golden, name, dtype=torch.float32):
-    return torch.from_numpy(golden[name]).to(dtype)
-
-
-def assert_close(value, golden, atol=0.0, rtol=0.0):
-    np.testing.assert_allclose(value.detach().double(), golden, rtol=rtol, atol=atol)
-
-
-# ---- 1. Masks, colours
+# ---- 1. Masks and views
 
 
 def test_masks_are_the_official_ones_draw_by_draw():
@@ -75,59 +57,29 @@ def test_masks_are_the_official_ones_draw_by_draw():
     np.testing.assert_array_equal(fewer, MASKS["beit75/counts"])
 
 
-def test_a_mask_is_a_function_of_seed_step_and_place_in_the_global_batch():
-    class Crops:
-        images = None
+def test_a_mask_is_a_function_of_seed_step_and_place_in_the_global_batch(monkeypatch):
+    args = SimpleNamespace(image_size=8, patch_size=1, num_masked=39, min_block=4, flip=0.0)
+    images = torch.zeros(6, 1, 8, 8, dtype=torch.uint8)
 
-        def __init__(self, rank, seed=0):
-            self.seed = seed
-            self.rank = rank
+    def masks(rank, processes, step, seed=0):
+        monkeypatch.setattr(data2vec, "rank", lambda: rank)
+        monkeypatch.setattr(data2vec, "world_size", lambda: processes)
+        args.seed = seed
+        args.batch_size = 6
+        views = data2vec.CroppedViews(images, [(1, 8, [1.0, 1.0])], args)
+        crops, mask = data2vec.MaskedViews(views, args)[step, list(range(6 // processes))]
+        assert crops.shape == (1, 6 // processes, 3, 8, 8)
+        return mask
 
-        def __getitem__(self, item):
-            return [item] if item[0] < 9 else "broken.jpg: unreadable"
-
-    args = SimpleNamespace(image_size=32, patch_size=4, num_masked=39, min_block=4)
-
-    def masks(rank, step, count, seed=0):
-        return data2vec.MaskedViews(Crops(rank, seed), args)[step, range(count)][1]
-
-    whole = masks(0, 3, 6)
+    whole = masks(0, 1, 3)
     assert whole.shape == (6, 64) and whole.dtype == torch.bool and len(whole.unique(dim=0)) == 6
-    assert torch.equal(whole, torch.cat([masks(0, 3, 3), masks(1, 3, 3)]))
-    assert not torch.equal(whole, masks(0, 4, 6)) and not torch.equal(whole, masks(0, 3, 6, 1))
-    assert data2vec.MaskedViews(Crops(0), args)[9, [1]] == "broken.jpg: unreadable"
-
-
-@pytest.mark.parametrize("jitter", [[0.0] * 4, [0.4, 0.4, 0.4, 0.0], [1.5, 1.5, 1.5, 0.5]])
-def test_colours_are_torchvisions_image_by_image(jitter):
-    rng = torch.Generator().manual_seed(0)
-    views = torch.randint(256, (128, 3, 12, 12), generator=rng, dtype=torch.uint8)
-    u = torch.rand(128, 8, generator=rng)
-    theirs = []
-    orders = set()
-    for view, numbers in zip(views, u.tolist()):
-        order = sorted(range(4), key=numbers[4:].__getitem__)
-        image = TF.to_dtype(view, torch.float32, scale=True)
-        for kind in order:
-            amount = jitter[kind] * (2 * numbers[kind] - 1)
-            if ADJUSTMENTS[kind] is not TF.adjust_hue:
-                amount = max(1 + amount, 0)  # a factor
-            image = ADJUSTMENTS[kind](image, amount)
-        theirs.append(image)
-        orders.add(tuple(order))
-    assert len(orders) == 24
-    mine = data2vec.jitter_colours(
-        views.float() / 255,
-        strengths=jitter,
-        chosen=torch.ones(len(views), dtype=torch.bool),
-        amounts=u[:, :4],
-        order=u[:, 4:].argsort(dim=1),
-    )
-    torch.testing.assert_close(mine, torch.stack(theirs), rtol=0, atol=1e-5)
+    assert torch.equal(whole, torch.cat([masks(0, 2, 3), masks(1, 2, 3)]))
+    assert not torch.equal(whole, masks(0, 1, 4)) and not torch.equal(whole, masks(0, 1, 3, 1))
 
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.25])
 def test_inputs_are_jittered_and_normalised_crops(drop_path):
+    """All of them are jittered, as torchvision does it from the same random numbers."""
     rng = torch.Generator().manual_seed(0)
     crops = torch.randint(256, (1, 6, 3, 8, 8), generator=rng, dtype=torch.uint8)
     args = SimpleNamespace(
@@ -136,13 +88,14 @@ def test_inputs_are_jittered_and_normalised_crops(drop_path):
     torch.manual_seed(5)
     images, paths = data2vec.data2vec_inputs(crops, args, torch.device("cpu"))
     torch.manual_seed(5)
-    u = torch.rand(6, 8)
+    shifts = torch.tensor(args.jitter) * (2 * torch.rand(1, 6, 4)[0] - 1)
+    order = torch.randperm(4).tolist()
+    torch.rand(1, 6)  # who is jittered
     theirs = []
-    for view, numbers in zip(crops[0], u.tolist()):
-        image = TF.to_dtype(view, torch.float32, scale=True)
-        for kind in sorted(range(4), key=numbers[4:].__getitem__):
-            amount = args.jitter[kind] * (2 * numbers[kind] - 1)
-            image = ADJUSTMENTS[kind](image, amount if kind == 3 else 1 + amount)
+    for crop, shift in zip(crops[0], shifts.tolist()):
+        image = TF.to_dtype(crop, torch.float32, scale=True)
+        for kind in order:
+            image = changed_by_torchvision(image, kind, shift[kind])
         theirs.append((image - image.mean()) / (image.std() + 1e-3))
     torch.testing.assert_close(images, torch.stack(theirs), rtol=0, atol=1e-4)
     if drop_path:
@@ -317,8 +270,7 @@ def test_schedules_are_the_official_ones():
 
 @DTYPES
 def test_six_steps_are_the_official_ones(dtype):
-    names = [str(name) for name in TRAJECTORY["hparam_names"]]
-    h = dict(zip(names, TRAJECTORY["hparams"].tolist()))
+    h = options(TRAJECTORY)
     model = recorded(TRAJECTORY, "sd0/", dtype)
     target = copy.deepcopy(model).requires_grad_(False)
     groups = data2vec.parameter_groups(model)

@@ -12,8 +12,10 @@ driver about its streams: `backward` below calls the same nodes in the same orde
 """
 
 import contextlib
+import functools
 import inspect
 import types
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -25,10 +27,12 @@ from runs import SCRIPTS, SIAMESE, TINY, each_script
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  registers the backend "fake"
 from torch.utils._pytree import tree_leaves, tree_map
+from tqdm import tqdm
 
 import data2vec
 import mae
 import msn
+import pmsn
 import simclr
 import vicreg
 
@@ -63,17 +67,13 @@ def statistics(number):
     return lambda x, *_: tuple(x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(number))
 
 
-def same_shape(x, *_):
-    return torch.empty_like(x)
-
-
 # Kernels of torch's SyncBatchNorm, for which fake tensors have none.
 LACKING = {
     torch.ops.aten.batch_norm_stats.default: statistics(2),
     torch.ops.aten.batch_norm_gather_stats_with_counts.default: statistics(2),
-    torch.ops.aten.batch_norm_elemt.default: same_shape,
+    torch.ops.aten.batch_norm_elemt.default: lambda x, *_: torch.empty_like(x),
     torch.ops.aten.batch_norm_backward_reduce.default: statistics(4),
-    torch.ops.aten.batch_norm_backward_elemt.default: same_shape,
+    torch.ops.aten.batch_norm_backward_elemt.default: lambda x, *_: torch.empty_like(x),
 }
 
 
@@ -91,7 +91,7 @@ class FakeGPU(FakeTensorMode):
 
     def __init__(self):
         super().__init__(allow_non_fake_inputs=True, allow_fallback_kernels=False)
-        self.waits = []  # shapes of what was copied to cuda while the program waited
+        self.waits = []  # shapes of what was copied to or from cuda while the program waited
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -99,17 +99,19 @@ class FakeGPU(FakeTensorMode):
         fake = any(isinstance(x, FakeTensor) for x in tree_leaves((args, kwargs)))
         if device.type == "cpu" and not fake:
             return func(*args, **kwargs)
-        if not fake and args and not kwargs.get("non_blocking") and torch.is_tensor(args[0]):
+        there = not fake and not kwargs.get("non_blocking")
+        back = fake and kwargs.get("device") == CPU
+        if (there or back) and args and torch.is_tensor(args[0]):
             self.waits.append(tuple(args[0].shape))
         if func in LACKING:
             assert {x.device for x in tensors(args)} == {CUDA}, f"{func}: not on one device"
             with self:
                 return LACKING[func](*args)
         if func in self.CHOOSE:
+            # x[index] = 1.0 copies the number, and an index on the CPU is copied too.
+            self.waits += [tuple(x.shape) for x in tensors(args[1:]) if x.device == CPU]
             indices = [x for index in args[1] for x in self.numbers_of(index)]
             args = (args[0], indices, *args[2:])
-            if any(x.device == CPU for x in tensors(args[2:])):  # x[index] = 1.0
-                self.waits.append(())
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def numbers_of(self, index):
@@ -159,51 +161,13 @@ def fake_gpu():
         yield gpu
 
 
-@contextlib.contextmanager
-def world_of(processes):
-    """Process 0 of so many, none of which exists: collectives return at once."""
-    if processes == 1:
-        yield
-        return
-    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=processes)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
 # ---- 2. A script's training on a device
 
 
-class Rehearsal:
-    """Run without files, checkpoint and end: two updates."""
+def rehearse(script, device, processes=1, options=(), begin=lambda: None):
+    """train() for two updates -> what some functions returned, by name: a list, a value a call.
 
-    step = 0
-    saving = False
-    means = {}
-
-    def __init__(self, script, args, device):
-        self.out = args.out
-        self.last = args.steps
-
-    def check_data(self, images, classes):
-        pass
-
-    def restore(self, sampler, **parts):
-        pass
-
-    def steps(self, loader):
-        for batch in loader:
-            torch.manual_seed(self.step)
-            yield self.step, batch
-            self.step += 1
-
-    def log(self, metrics, rates):
-        pass
-
-
-def rehearse(script, device, processes=1, options=()):
-    """train() for two updates -> what some functions returned, by name: a list, a value a call."""
+    begin() is called before the first of them, when all is built."""
     line = [*TINY[script], *MORE[script], "--batch-size", str(B * processes), "--steps", "2"]
     args = script.parse_args([*line, "--epochs", "1", "--warmup", "0", *options])
     returned = {}
@@ -221,20 +185,48 @@ def rehearse(script, device, processes=1, options=()):
         network.register_forward_hook(lambda module, inputs, outputs: note("forward", outputs))
         return network
 
+    class Rehearsal(script.Run):
+        """Without files and an end. It logs, but no line."""
+
+        FIRST_LINES = ()
+
+        def __init__(self, name, parts, sampler, args):
+            self.args = args
+            self.out = Path(args.out)
+            self.step = 0
+            self.last = args.steps
+            self.metrics = []
+            self.bar = tqdm(disable=True)
+
+        def steps(self, loader):
+            begin()
+            for step, batch in enumerate(loader):
+                torch.manual_seed(step)
+                yield step, batch
+
     names = [VIEWS[script], LOSSES[script], STEPS[script]]
     names += [name for name in COLOURING if hasattr(script, name)]
     patches = {name: spied(name) for name in names}
     patches |= dict(Run=Rehearsal, DistributedDataParallel=alone)
-    patches |= dict(all_or_none=contextlib.nullcontext)
-    patches |= dict(draw_views=lambda groups, out, normalised: note("drawn", groups))
-    with mock.patch.multiple(script, **patches):
-        script.train(args, device)
+    patches |= dict(save_image=lambda picture, *rest, **options: note("drawn", picture))
+    if script is mae:  # it waits for the GPU, when a line is logged
+        patches |= dict(draw_reconstruction=lambda *tensors: note("drawn", tensors[:3]))
+    dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=processes)
+    try:  # no other process exists: collectives return at once
+        with mock.patch.multiple(script, **patches):
+            script.train(args, device)
+    finally:
+        dist.destroy_process_group()
     return returned
 
 
-def on_fake_gpu(script, processes=1, options=()):
-    with world_of(processes), fake_gpu():
-        return rehearse(script, CUDA, processes, options)
+@functools.cache
+def on_fake_gpu(script, processes=1, bf16=False):
+    """What rehearse returns, and the copies that an update waits for."""
+    with fake_gpu() as gpu:
+        flag = "--bf16" if bf16 else "--no-bf16"
+        returned = rehearse(script, CUDA, processes, [flag], begin=gpu.waits.clear)
+    return returned, gpu.waits
 
 
 def tensors(value):
@@ -249,62 +241,66 @@ def described(value):
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("processes", [1, 2])
 @each_script
-def test_all_is_on_the_gpu(script, processes, bf16):
-    """Views, embeddings, losses and metrics, after every update; of two processes, the first."""
-    flag = "--bf16" if bf16 else "--no-bf16"
-    returned = on_fake_gpu(script, processes, [flag])
+def test_all_is_on_the_gpu_and_nothing_waits_for_it(script, processes, bf16):
+    """Views, embeddings, losses and metrics, at every update; of two processes, the first."""
+    returned, waits = on_fake_gpu(script, processes, bf16)
+    assert waits == []
     assert len(returned[STEPS[script]]) == 2
     for name, values in returned.items():
-        assert all(x.device == CUDA for x in tensors(values)), name
-    for name in (VIEWS[script], LOSSES[script], STEPS[script], "drawn"):
-        floats = [x for x in tensors(returned[name]) if x.is_floating_point()]
-        assert floats and all(x.dtype in (torch.float32, torch.bfloat16) for x in floats), name
-    assert_losses_are_float32(script, returned)
+        assert tensors(values) and all(x.device == CUDA for x in tensors(values)), name
     outputs = {x.dtype for x in tensors(returned["forward"])}
     assert torch.bfloat16 in outputs if bf16 else outputs == {torch.float32}
 
-
-def assert_losses_are_float32(script, returned):
-    """Scalars of the loss's function, and all metrics; views too."""
-    for x in tensors(returned[LOSSES[script]]):
-        assert x.dtype == torch.float32 and x.shape == ()
+    # All else is float32: views, the scalars of the loss's function, metrics.
+    pictures = tensors(returned[VIEWS[script]])
+    losses = tensors(returned[LOSSES[script]])
     for step in returned[STEPS[script]]:
         metrics = step[0] if isinstance(step, tuple) else step
         assert metrics["loss"].shape == ()
-        assert all(x.dtype == torch.float32 for x in metrics.values())
-    assert all(x.dtype == torch.float32 for x in tensors(returned[VIEWS[script]]))
+        losses += metrics.values()
     for name in COLOURING:
-        for x in tensors(returned.get(name, [])):
-            assert x.dtype == torch.float32 and x.shape[1:] in [(3, 32, 32), (3, 16, 16)]
+        coloured = tensors(returned.get(name, []))
+        assert {x.shape[1:] for x in coloured} <= {(3, 32, 32), (3, 16, 16)}
+        pictures += coloured
+    assert {x.dtype for x in pictures + losses} == {torch.float32}
+    assert {x.shape for x in tensors(returned[LOSSES[script]])} == {()}
 
 
 @each_script
 def test_shapes_and_dtypes_are_the_cpus(script):
     """Of all that is returned. data2vec's mask counts as all True, so its predictions are more."""
-    fake = on_fake_gpu(script, options=["--no-bf16"])
+    fake, _ = on_fake_gpu(script)
     real = rehearse(script, CPU, options=["--no-bf16"])
     assert fake.keys() == real.keys() and len(fake) >= 4
     for name in fake.keys() - ({"forward"} if script is data2vec else set()):
         assert described(fake[name]) == described(real[name]), name
 
 
-@each_script
-def test_no_update_waits_for_the_gpu(script):
-    with fake_gpu() as gpu:
-        begin = mock.patch.object(Rehearsal, "restore", lambda *_, **parts: gpu.waits.clear())
-        with begin:
-            rehearse(script, CUDA)
-    assert gpu.waits == []
+def test_a_gpu_jitters_all_images_at_once_and_a_cpu_in_groups(monkeypatch):
+    groups = []
+    jitter = simclr.jitter_colours
+
+    def spied(image, shifts, order):
+        groups.append((image.device, len(image)))
+        return jitter(image, shifts, order)
+
+    monkeypatch.setattr(simclr, "jitter_colours", spied)
+    for device in (CPU, CUDA):
+        with fake_gpu():
+            image = torch.zeros(200, 3, 32, 32, device=device)
+            simclr.jitter_some(image, 2, [0.4, 0.4, 0.4, 0.1], probability=1.0)
+    assert groups == [(CPU, 85), (CPU, 85), (CPU, 30), (CUDA, 200)]
 
 
 def test_data2vec_multiplies_in_tensorfloat32_on_gpus_with_bf16_alone():
     assert torch.get_float32_matmul_precision() == "highest"
     rehearse(data2vec, CPU, options=["--bf16"])
     assert torch.get_float32_matmul_precision() == "highest"
-    on_fake_gpu(data2vec, options=["--bf16"])
-    assert torch.get_float32_matmul_precision() == "high"
-    on_fake_gpu(data2vec, options=["--no-bf16"])  # a later run in the same process
-    assert torch.get_float32_matmul_precision() == "highest"
+    with fake_gpu():
+        rehearse(data2vec, CUDA, options=["--bf16"])
+        assert torch.get_float32_matmul_precision() == "high"
+        rehearse(data2vec, CUDA, options=["--no-bf16"])  # a later run in the same process
+        assert torch.get_float32_matmul_precision() == "highest"
 
 
 # ---- 3. What the harness finds
@@ -319,24 +315,30 @@ def with_mistake(function, right, wrong):
     return types.FunctionType(names[function.__name__].__code__, function.__globals__)
 
 
+ON_GPU = ".to(device, non_blocking=True)"
 MISTAKES = {
-    "colours": (simclr, "change_some", "chosen.to(image.device, non_blocking=True)", "chosen"),
-    "masks": (mae, "mae_inputs", "noise.to(device, non_blocking=True)", "noise"),
-    "noise": (msn, "siamese_views", ".to(device, non_blocking=True)\n    return", "\n    return"),
-    "targets": (data2vec, "train", "mask.to(device, non_blocking=True)", "mask"),
+    "choice": (simclr, "change_some", "part = part.to(image.device, non_blocking=True)", "pass"),
+    "numbers": (msn, "change_some", "x[part].to(image.device, non_blocking=True)", "x[part]"),
+    "masks": (mae, "mae_inputs", f"noise{ON_GPU}", "noise"),
+    "noise": (msn, "siamese_views", f"noise.flatten(0, 1){ON_GPU}", "noise.flatten(0, 1)"),
+    "patches": (msn, "train", f"patches_to_keep(args){ON_GPU}", "patches_to_keep(args)"),
+    "prior": (pmsn, "train", "prior_of(args).to(device)", "prior_of(args)"),
+    "targets": (data2vec, "train", f"mask{ON_GPU}", "mask"),
     "network": (vicreg, "train", "vicreg.to(device, ", "vicreg.to(CPU, "),
+    "waiting": (simclr, "simclr_views", f"crops{ON_GPU}", "crops.to(device)"),
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_tensor_left_on_the_cpu_is_found(mistake, monkeypatch):
+def test_a_mistake_is_found(mistake, monkeypatch):
+    """A tensor left on the CPU, or a copy that waits; on a CPU it does no harm."""
     script, name, right, wrong = MISTAKES[mistake]
-    on_fake_gpu(script)
     monkeypatch.setattr(script, "CPU", CPU, raising=False)
     monkeypatch.setattr(script, name, with_mistake(getattr(script, name), right, wrong))
-    rehearse(script, CPU)  # where it does no harm
-    with pytest.raises((RuntimeError, AssertionError), match="device|cpu"):
-        on_fake_gpu(script)
+    rehearse(script, CPU)
+    with pytest.raises((RuntimeError, AssertionError), match="device|cpu|waits"):
+        returned, waits = on_fake_gpu.__wrapped__(script)
+        assert waits == [], "it waits"
 
 
 def test_devices_of_gradients_are_looked_at():
@@ -373,7 +375,9 @@ def test_a_copy_that_waits_is_found():
         torch.tensor(1.0, device=CUDA)
         torch.ones(2, device=CUDA).new_tensor([1, 2])
         torch.ones(2, device=CUDA)[torch.ones(1, dtype=torch.long, device=CUDA)] = 1.0
-        assert gpu.waits == [(3,), (), (2,), ()]
+        torch.ones(2, device=CUDA)[torch.ones(4, dtype=torch.long)]
+        torch.ones(5, device=CUDA).cpu()
+        assert gpu.waits == [(3,), (), (2,), (), (4,), (5,)]
 
 
 def test_gradients_in_python_are_torchs():

@@ -70,7 +70,7 @@ def test_a_run_continues(script, data, pictures, tmp_path):
     """Six updates, and three and three: the same log, as far as a GPU does the same twice."""
     options = ["--no-bf16", "--log-every", "1"]
     if data == "files":
-        options += ["--data", str(pictures), "--recipe", "plates", "--workers", "2"]
+        options += ["--data", pictures, "--recipe", "plates", "--workers", "2", "--epochs", "6"]
     if script in SIAMESE:  # at the recipe's rate differences grow tenfold with each update
         options += ["--lr", "5e-4"]
     _, whole_log = run(script, tmp_path / "whole", *options, "--steps", "6")
