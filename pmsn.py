@@ -1025,27 +1025,29 @@ class Run:
                     print(f"warning: collapse: {name} is {self.line[name]:.2g}: lower the rate")
 
     def next_batch(self, items):
-        """The next item. Between two updates processes agree: whether to save, and whether to stop,
-        because one has got a signal, or has failed, which it raises when all is saved."""
-        batch = None
-        failure = None
+        """The next item. What fails is raised when all is saved."""
         try:
             batch = next(items)
-        except Exception as error:  # a picture, a loader process, the data's disk
-            failure = error
-        due = rank() == 0 and time.time() - self.save_time > 60 * self.args.save_minutes
-        wishes = torch.tensor([self.received, due, failure is not None], dtype=torch.int)
-        dist.all_reduce(wishes, dist.ReduceOp.MAX)
-        self.stop_signal, due, failed = wishes.tolist()
-        if due or failed:
-            self.save()
-        if failed:
-            self.bar.close()
-            if failure:
-                raise failure
-            time.sleep(10)  # that process says why, and torchrun ends the others
-            sys.exit("another process has failed")
+        except Exception:  # a picture, a loader process, the data's disk
+            self.agree(failed=True)
+            raise
+        self.agree(failed=False)
         return batch
+
+    def agree(self, failed):
+        """Between two updates processes agree: whether to save, and whether to stop, because one
+        has got a signal, or has failed."""
+        due = rank() == 0 and time.time() - self.save_time > 60 * self.args.save_minutes
+        wishes = torch.tensor([self.received, due, failed], dtype=torch.int)
+        dist.all_reduce(wishes, dist.ReduceOp.MAX)
+        self.stop_signal, due, one_failed = wishes.tolist()
+        if due or one_failed:
+            self.save()
+        if one_failed:
+            self.bar.close()
+            if not failed:
+                time.sleep(10)  # that process says why, and torchrun ends the others
+                sys.exit("another process has failed")
 
     def stop_soon(self, number, _):
         """Stop after this update. A second Ctrl-C stops at once."""
@@ -1061,8 +1063,7 @@ class Run:
         self.metrics.append(torch.stack([*metrics.values()]).detach())
         self.names = list(metrics)
         self.rates = rates
-        with contextlib.suppress(OSError):  # a terminal that is gone must not end the run unsaved
-            self.bar.update()
+        self.bar.update()
         if self.step in self.FIRST_LINES or self.step % self.args.log_every == 0:
             self.write_line()  # at other steps nothing waits for a GPU
 
@@ -1088,7 +1089,7 @@ class Run:
             return
         with (self.out / "log.jsonl").open("a") as file:
             print(json.dumps(line), file=file)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # a terminal that is gone must not end the run unsaved
             self.bar.set_postfix(loss=f"{line['loss']:.4g}")
             if self.bar.disable:
                 print(*[f"{name} {x:.4g}" for name, x in line.items()], flush=True)
@@ -1102,7 +1103,8 @@ class Run:
             log_size = (self.out / "log.jsonl").stat().st_size
             state = dict(options=self.options, step=self.step, log_size=log_size)
             state |= {name: part.state_dict() for name, part in self.parts.items()}
-            torch.save(state, self.out / "checkpoint.partial")
+            with (self.out / "checkpoint.partial").open("wb") as file:
+                torch.save(state, file)
             os.replace(self.out / "checkpoint.partial", self.checkpoint)
 
 

@@ -740,7 +740,8 @@ def commit():
     """Of the checkout, with -dirty if its programs differ; "unknown" without git or a checkout."""
     git = ["git", "-C", str(ROOT)]
     try:
-        head = subprocess.check_output([*git, "rev-parse", "--short", "HEAD"], text=True).strip()
+        command = [*git, "rev-parse", "--short", "HEAD"]
+        head = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL).strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     differ = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "*.py"]).returncode

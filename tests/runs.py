@@ -5,16 +5,20 @@ import functools
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
-import subprocess
+import signal
+import socket
 import sys
 import time
+from multiprocessing import connection
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 import data2vec
@@ -29,41 +33,38 @@ ROOT = Path(msn.__file__).parent
 SCRIPTS = {script.__name__: script for script in (simclr, vicreg, msn, pmsn, mae, data2vec)}
 CONVOLUTIONAL = [simclr, vicreg]
 SIAMESE = [msn, pmsn]
+NETWORK = {script: name for name, script in SCRIPTS.items()} | {pmsn: "msn", data2vec: "anchor"}
 
 HEAD = "--hidden 16 --output 8 --batch-size 32".split()
 VIT = "--dim 16 --depth 1 --heads 2".split()
+MSN = [*VIT, *"--rand-views 2 --num-prototypes 16 --stem 8 8 8 8 8".split(), *HEAD]
 TINY = {
     simclr: ["--arch", "small", *HEAD],
     vicreg: ["--arch", "small", *HEAD],
-    msn: [*VIT, *"--rand-views 2 --num-prototypes 16 --stem 8 8 8".split(), *HEAD],
-    pmsn: [*VIT, *"--rand-views 2 --num-prototypes 16 --stem 8 8 8".split(), *HEAD],
+    msn: MSN,
+    pmsn: MSN,
     mae: [*VIT, *"--decoder-dim 8 --decoder-heads 1 --patch-size 8 --batch-size 32".split()],
     data2vec: "--dim 16 --depth 2 --heads 2 --top-k 1 --patch-size 8 --num-masked 9 --min-block 2 "
     "--batch-size 32".split(),
 }
-NETWORK = {script: name for name, script in SCRIPTS.items()}
-NETWORK |= {pmsn: "msn", data2vec: "anchor"}
-PARTS = {script: {NETWORK[script], "encoder", "optimizer"} for script in SCRIPTS.values()}
-for script in (msn, pmsn, data2vec):
-    PARTS[script].add("target")
-RATES = {script: ["lr"] for script in SCRIPTS.values()} | {data2vec: ["lr", "ema"]}
-TERMS = {
-    simclr: ["loss", "embedding_std"],
-    vicreg: ["loss", "invariance", "variance", "covariance"],
-    mae: ["loss", "gradient_norm"],
-    data2vec: ["loss", "target_std", "gradient_norm"],
-}
-for script, divergence in ((msn, "me_max"), (pmsn, "kl")):
-    RATES[script] = ["lr", "weight_decay", "ema"]
-    TERMS[script] = ["loss", "cross_entropy", divergence, "entropy", "information"]
-    TERMS[script] += ["gradient_norm", "usage", "prior"]
-LR = {script: "--lr" if script in (*SIAMESE, data2vec) else "--base-lr" for script in TINY}
+# On the sixty pictures of conftest.py: three epochs of three updates, each of which is logged.
+ON_PICTURES = "--recipe plates --batch-size 20 --epochs 3 --log-every 1 --workers 0".split()
+OFTEN = "--save-minutes", 1e-9  # after every update
 
 each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 
 
+# ---- Runs in this process
+
+
 def command_line(script, out, *options):
     return [*TINY[script], "--out", str(out), *map(str, options)]
+
+
+def on_pictures(script, data, out, *options):
+    """The command line of a run on a folder, with loader processes' data type and focal views."""
+    views = ["--focal-views", "1"] if script in SIAMESE else []
+    return command_line(script, out, *ON_PICTURES, *views, "--data", data, *options)
 
 
 def run(script, out, *options):
@@ -78,67 +79,31 @@ def results(out):
     return state, [json.loads(line) for line in lines]
 
 
+def undisturbed(script, data, out):
+    """Checkpoint, log and the number of calls and returns of functions; see conftest.py."""
+    events = 0
+
+    def count(*_):
+        nonlocal events
+        events += 1
+
+    sys.setprofile(count)
+    try:
+        script.main(on_pictures(script, data, out))
+    finally:
+        sys.setprofile(None)
+    state, log = results(out)
+    assert state["step"] == 9 and steps_of(log) == [*range(1, 10)]
+    return state, log, events
+
+
 def steps_of(log):
     return [line["step"] for line in log]
 
 
 def saved_step(out):
-    path = out / "checkpoint.pt"
-    return torch.load(path, weights_only=True)["step"] if path.exists() else 0
-
-
-def start(script, out, *options):
-    """The command line of a script, in a process and a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-B", script.__file__, *command_line(script, out, *options)],
-        cwd=Path(out).parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def fork(script, out, *options, output, signals=None):
-    """The same as `start` in a tenth of a second: a process that has imported everything. What it
-    prints goes to the files OUTPUT.stdout and OUTPUT.stderr."""
-    options = command_line(script, out, *options)
-    loaders = mp.get_start_method()
-    arguments = (script.__name__, str(output), options, signals or {}, loaders)
-    process = mp.get_context("forkserver").Process(target=work_alone, args=arguments)
-    process.start()
-    return process
-
-
-def work_alone(name, output, options, signals, loaders):
-    """loaders: how loader processes start. signals: see signals_in."""
-    os.setsid()
-    mp.set_start_method(loaders, force=True)  # else as this process did
-    for number, stream in ((1, "stdout"), (2, "stderr")):
-        file = os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, number)
-    sys.argv = [f"{name}.py"]
-    torch.set_num_threads(1)
-    status = 0
-    with two_of_each_class(), signals_in(SCRIPTS[name], signals):
-        try:
-            SCRIPTS[name].main(options)
-        except SystemExit as stopped:
-            status = stopped.code
-    sys.exit(status)  # not within the handler, whose exception keeps loader processes alive
-
-
-def fork_group(work, folder, processes):
-    """Run work(rank, folder) in so many processes, and wait for them, but not for ever."""
-    group = mp.start_processes(
-        work, (folder,), nprocs=processes, join=False, start_method="forkserver"
-    )
-    deadline = time.time() + 400
-    while not group.join(timeout=10):
-        if time.time() > deadline:
-            for process in group.processes:
-                process.kill()
-            pytest.fail(f"{work.__name__} hangs")
+    path = Path(out) / "checkpoint.pt"
+    return torch.load(path, weights_only=True)["step"] if path.exists() else None
 
 
 def two_of_each_class():
@@ -146,19 +111,7 @@ def two_of_each_class():
     return mock.patch.object(sampler, "draw_plates", lambda per_class, seed: draw(seed))
 
 
-@contextlib.contextmanager
-def signals_in(script, signals):
-    """signals: {step, from 1: the signals that this process gets while it makes this update}."""
-    schedule = script.schedule
-
-    def spied(step, *rest):
-        for number in signals.get(step + 1, ()):
-            os.kill(os.getpid(), number)
-            time.sleep(1.1 if len(signals[step + 1]) > 1 else 0)  # sooner it would be an echo
-        return schedule(step, *rest)
-
-    with mock.patch.object(script, "schedule", spied):
-        yield
+# ---- Comparisons
 
 
 def leaves(tree, name=""):
@@ -170,47 +123,45 @@ def leaves(tree, name=""):
 
 
 def assert_same_state(mine, theirs):
-    """Bit by bit, in all parts of a checkpoint."""
+    """Bit by bit, in all parts of a checkpoint but what may change when a run continues."""
+    free = {f"/options/{name}" for name in simclr.Run.MAY_CHANGE} | {"/log_size"}
     ours = leaves(mine)
     others = leaves(theirs)
     assert ours.keys() == others.keys() and len(ours) > 50
-    for name, value in ours.items():
+    for name in ours.keys() - free:
+        value = ours[name]
         same = torch.equal(value, others[name]) if torch.is_tensor(value) else value == others[name]
         assert same, name
 
 
-def without_times(line):
-    return line | dict(images_per_second=0)
-
-
 def assert_same_log(mine, theirs):
-    for line, other in zip(mine, theirs, strict=True):
-        assert without_times(line) == without_times(other)
+    """Each step once, with the same numbers; only speeds differ."""
+    free = dict(images_per_second=0)
+    assert [line | free for line in mine] == [line | free for line in theirs]
 
 
-def assert_same_log_but_for_restarts(log, whole, restarts):
-    """Its steps ascend, and all lines but those that a restart cut short are as undisturbed."""
-    steps = [0, *steps_of(log)]
-    assert steps == sorted(set(steps))
-    expected = dict(zip(steps_of(whole), whole))
-    before = dict(zip(steps_of(whole), [0, *steps_of(whole)]))
-    same = 0
-    for previous, line in zip(steps, log):
-        cut = any(previous < step < line["step"] for step in restarts)
-        if line["step"] in expected and before[line["step"]] == previous and not cut:
-            assert without_times(line) == without_times(expected[line["step"]])
-            same += 1
-    assert expected.keys() <= set(steps)
-    assert same >= len(whole) - 2 * len(restarts)
+def assert_as_undisturbed(out, whole):
+    state, log = results(out)
+    assert_same_state(state, whole[0])
+    assert_same_log(log, whole[1])
+    assert state["log_size"] == (out / "log.jsonl").stat().st_size
+    assert not (out / "checkpoint.partial").exists()
 
 
-def hashes(out):
-    files = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def finish(script, data, out, whole):
+    """Start again, in this process, and compare."""
+    script.main(on_pictures(script, data, out))
+    assert_as_undisturbed(out, whole)
 
 
-def assert_complaint(errors, words):
-    """One line, that of the error; progress bars apart."""
+def hashes(*paths):
+    """Of all files below."""
+    files = [file for path in paths for file in [path, *sorted(path.rglob("*"))] if file.is_file()]
+    return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def assert_complaint(errors, *words):
+    """One line, that of the error, progress bars apart -> what it says."""
     bar = r"\s*\d+%\|.*\d+/\d+ \[[^\]]*\]\s*"
     lines = [line for line in re.split(r"[\r\n]+", errors) if line.strip()]
     lines = [line for line in lines if not re.fullmatch(bar, line)]
@@ -218,6 +169,23 @@ def assert_complaint(errors, words):
     assert re.match(r"[\w.-]+: error: ", lines[0]), lines[0]  # not at the end of a progress bar
     for word in words:
         assert str(word) in lines[0], f"{word} not in {lines[0]}"
+    return lines[0].partition(": error: ")[2]
+
+
+def assert_refused(capfd, main, line, *words, folders=()):
+    """main(line) says so in one line, leaves with status 2 and changes no file in the folders
+    -> the line."""
+    before = hashes(*folders)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(line)
+    assert stopped.value.code == 2
+    printed = capfd.readouterr()
+    said = assert_complaint(printed.err, *words)
+    assert printed.out == ""
+    assert before.items() <= hashes(*folders).items()
+    assert not dist.is_initialized()
+    return said
 
 
 class Terminal(io.StringIO):
@@ -225,3 +193,118 @@ class Terminal(io.StringIO):
 
     def isatty(self):
         return True
+
+
+# ---- Other processes
+
+
+class Child:
+    """script.main(line) in a process that has imported everything: it starts in a tenth of a
+    second. It is the leader of its group.
+
+    patch(script): a context in which it runs; the files OUTPUT.stdout and OUTPUT.stderr get what it
+    prints; folder: where it works."""
+
+    def __init__(self, script, line, output, patch=None, folder=None, environment=None):
+        self.output = output
+        arguments = (script.__name__, line, str(output), patch, folder, environment or {})
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=work, args=arguments)
+        self.process.start()
+
+    def wait(self, timeout=100):
+        """Its exit status, or minus the number of the signal that ended it; None: it hangs."""
+        self.process.join(timeout)
+        status = self.process.exitcode
+        with contextlib.suppress(ProcessLookupError):  # its loader processes, or itself
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+        return status
+
+    @property
+    def stdout(self):
+        return Path(f"{self.output}.stdout").read_text()
+
+    @property
+    def stderr(self):
+        return Path(f"{self.output}.stderr").read_text()
+
+
+def work(name, line, output, patch, folder, environment):
+    os.setsid()
+    for number, stream in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{output}.{stream}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ |= environment
+    os.chdir(folder or Path(output).parent)
+    sys.argv = [f"{name}.py"]
+    torch.set_num_threads(1)
+    torch.cuda.is_available = lambda: False
+    status = 0
+    with two_of_each_class(), patch(SCRIPTS[name]) if patch else contextlib.nullcontext():
+        try:
+            SCRIPTS[name].main(line)
+        except SystemExit as stopped:
+            status = stopped.code
+    sys.exit(status)
+
+
+def together(script, lines, output, nodes=1, folders=None, patches=None):
+    """Processes that compute as one, each with its command line, as torchrun starts them on `nodes`
+    machines -> Children that have ended, and their statuses. If one fails, the others are ended as
+    torchrun would do it: their status is None."""
+    n = len(lines)
+    children = []
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    for rank in range(n):
+        environment = dict(
+            RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank % (n // nodes)),
+            LOCAL_WORLD_SIZE=str(n // nodes), MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )  # fmt: skip
+        patch = patches[rank] if patches else None
+        folder = folders[rank] if folders else None
+        children.append(Child(script, lines[rank], f"{output}{rank}", patch, folder, environment))
+    limit = time.monotonic() + 100
+    while time.monotonic() < limit:
+        running = [child.process for child in children if child.process.is_alive()]
+        failed = {child.process.exitcode for child in children} & {1, 2}
+        if failed or not running:
+            break
+        connection.wait([process.sentinel for process in running], timeout=1)
+    return children, [child.wait(timeout=0) for child in children]
+
+
+def compute_jointly(work, folder, groups=(4, 2)):
+    """work(rank, processes) by groups of so many processes, for functions that need no run
+    -> {processes: what each of them returned}."""
+    Path(folder).mkdir(exist_ok=True)
+    arguments = (work, str(folder), groups)
+    mp.start_processes(join_groups, arguments, max(groups), start_method="forkserver")
+    return {n: [torch.load(f"{folder}/{n} {rank}") for rank in range(n)] for n in groups}
+
+
+def join_groups(rank, work, folder, groups):
+    torch.set_num_threads(1)
+    for processes in groups:
+        if rank < processes:
+            store = dist.FileStore(f"{folder}/{processes}", processes)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=processes)
+            torch.save(work(rank, processes), f"{folder}/{processes} {rank}")
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def signalled(step, signals, script):
+    """While this process makes the update `step` (from 1) it gets the signals: (os.kill, number),
+    or (os.killpg, number) for its whole group."""
+    schedule = script.schedule
+
+    def spied(now, *rest):
+        if now + 1 == step:
+            for send, number in signals:
+                send(os.getpid(), number)
+        return schedule(now, *rest)
+
+    with mock.patch.object(script, "schedule", spied):
+        yield
