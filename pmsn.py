@@ -885,18 +885,21 @@ class BatchNorm(nn.BatchNorm1d):
         if not self.training or world_size() == 1:
             return super().forward(x)
         axes = [0, *range(2, x.ndim)]
-        shape = [1, -1] + [1] * (x.ndim - 2)
         x = x.to(self.weight)  # statistics of bfloat16 would be too coarse
-        mean = all_reduce_mean(x.mean(axes))  # (D,)
-        centred = x - mean.view(shape)
-        variance = all_reduce_mean(centred.square().mean(axes))
+        mean = x.mean(axes, keepdim=True)  # of this process, as is its variance (D,)
+        variance = (x - mean.detach()).square().mean(axes)
+        mean = mean.flatten().double()
+        mean, square = all_reduce_mean(torch.stack([mean, mean.square() + variance]))
+        variance = square - mean.square()
         count = x.numel() // x.shape[1] * world_size()
         with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+            self.running_mean.lerp_(mean.to(x), self.momentum)
+            self.running_var.lerp_((variance * count / (count - 1)).to(x), self.momentum)
             self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centred * scale.view(shape) + self.bias.view(shape)
+        shift = self.bias - mean * scale
+        zeros = torch.zeros_like(self.weight)  # x * scale + shift, by torch's kernel, which is fast
+        return F.batch_norm(x, zeros, zeros + 1, scale.to(x), shift.to(x), eps=0.0)
 
 
 def synchronise_batchnorm(model, device):
