@@ -72,9 +72,9 @@ RECIPES = {
     "cifar10": SMALL,
     "cifar100": SMALL,
     "plates": SMALL | dict(
-        patch_size=8, num_masked=9, min_block=2,
+        patch_size=8, depth=2, top_k=2, num_masked=9, min_block=2,
         crop=[0.6, 1.0], flip=0.0, jitter=[0.0, 0.0, 0.0, 0.0], standardise=True,
-        batch_size=960, epochs=3, warmup=0.33, lr=3e-3, ema_anneal=1.7,
+        batch_size=960, epochs=3, warmup=0.33, lr=5e-3, ema_anneal=1.7,
     ),
 }  # fmt: skip
 

@@ -65,10 +65,10 @@ RECIPES = {
     "cifar10": SMALL,
     "cifar100": SMALL,
     "plates": SMALL | dict(
-        patch_size=16, decoder_dim=128,
+        patch_size=16, dim=64,
         mask_ratio=0.5,
         crop=[0.8, 1.0], flip=0.0, standardise=True,
-        batch_size=960, epochs=3, warmup=0.33, base_lr=8e-4,
+        batch_size=960, epochs=10, warmup=1.0, base_lr=2.5e-3,
     ),
 }  # fmt: skip
 
