@@ -9,9 +9,8 @@ prototypes.png, a row of ten pictures for each `shown` prototype, and prototypes
 
 used         how many prototypes have a picture
 effective    exp of the entropy of their shares: so many prototypes, equally used, have this entropy
-information  per cent of the entropy of a label that the prototype tells: their mutual information.
-             Of a class of plates there are only ten pictures, so part of that is chance: compare
-             it between runs alone.
+adjusted     adjusted mutual information of prototype and label, in per cent: 0 by chance, however
+             many prototypes there are, 100 if each is one value of the label
 shares       per cent of a prototype's ten nearest pictures that have the most common label among
              them, a mean over the prototypes in use
 chance       the same for ten pictures drawn at random
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.stats import entropy, mode
-from sklearn.metrics import mutual_info_score
+from sklearn.metrics import adjusted_mutual_info_score
 from torchvision.transforms import v2
 from torchvision.utils import save_image
 
@@ -94,18 +93,17 @@ def describe(similarity, labels):
     nearest = similarity.T[by_use].topk(NEAREST).indices.numpy()  # (used, NEAREST)
     picked = np.linspace(0, len(by_use) - 1, min(PICKED, len(by_use))).round().astype(int)
     random = np.random.default_rng(0).integers(len(prototype), size=(10_000, NEAREST))
-    information = {}
+    adjusted = {}
     shares = {}
     chance = {}
     for name, label in labels.items():
-        told = mutual_info_score(prototype, label) / entropy(np.bincount(label))
-        information[name] = 100 * float(told)
+        adjusted[name] = 100 * float(adjusted_mutual_info_score(label, prototype))
         shares[name] = 100 / NEAREST * float(mode(label[nearest], axis=1).count.mean())
         chance[name] = 100 / NEAREST * float(mode(label[random], axis=1).count.mean())
     return dict(
         used=len(by_use),
         effective=float(np.exp(entropy(images_each))),
-        information=information,
+        adjusted=adjusted,
         shares=shares,
         chance=chance,
         shown=nearest[picked].tolist(),
@@ -126,7 +124,7 @@ def main(argv=None):
     pictures = images[np.ravel(found["shown"])].float() / 255
     save_image(pictures, args.checkpoint.with_name("prototypes.png"), nrow=NEAREST)
     print(f"used         {found['used']}\neffective    {found['effective']:.1f}")
-    for name in ("information", "shares", "chance"):
+    for name in ("adjusted", "shares", "chance"):
         print(f"{name:12} {', '.join(f'{key} {x:.1f}' for key, x in found[name].items())}")
 
 

@@ -27,26 +27,28 @@ import tables
 import torch
 from tqdm import tqdm
 
-import sampler
-
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 EVALUATE = "linear_eval.py {out}/checkpoint.pt"
+# Fewer training images, in less time: for what is secondary.
+QUICKLY = f"{EVALUATE} --no-untrained --train-fraction 20-per-class"
 # What is measured after a run: name: (command, the file it leaves in the run's folder).
 MEASURES = {
     "digits": (f"{EVALUATE} --no-untrained", "linear_eval_plates_digits.json"),
-    "count": (f"{EVALUATE} --no-untrained --target count", "linear_eval_plates_count.json"),
-    "size": (f"{EVALUATE} --no-untrained --target size", "linear_eval_plates_size.json"),
     "digits, untrained too": (EVALUATE, "linear_eval_plates_digits.json"),
-    "count, untrained too": (f"{EVALUATE} --target count", "linear_eval_plates_count.json"),
-    "size, untrained too": (f"{EVALUATE} --target size", "linear_eval_plates_size.json"),
+    "count": (f"{QUICKLY} --target count", "linear_eval_plates_count_20-per-class.json"),
+    "size": (f"{QUICKLY} --target size", "linear_eval_plates_size_20-per-class.json"),
+    "number": (
+        f"{QUICKLY} --target number --knn 20",
+        "linear_eval_plates_number_20-per-class.json",
+    ),
     "class": (f"{EVALUATE} --out {{out}}/class.json", "class.json"),  # whatever folder it is
     "prototypes": ("tests/prototypes.py {out}/checkpoint.pt", "prototypes.json"),
+    "distances": ("tests/distances.py {out}/checkpoint.pt", "distances.json"),
     "toy": (None, "toy.json"),  # the run itself leaves it
 }
-UNTRAINED = tuple(f"{target}, untrained too" for target in tables.TARGETS)
 # Minutes of a run on one core with its evaluations, until results tell: for the time that is left.
-MINUTES = {"simclr": 5, "vicreg": 5, "msn": 12, "pmsn": 12, "mae": 5, "data2vec": 10, "toy": 0.15}
+MINUTES = {"simclr": 5, "vicreg": 5, "msn": 7, "pmsn": 7, "mae": 4, "data2vec": 8, "toy": 0.15}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,34 +65,47 @@ class Run:
 
 
 # ---- The studies: which runs. Seeds come first, so that what is there is always paired.
-def study_k(quick):
-    """Each method's default command; five methods by K = 8 and 960; SimCLR and MSN by more K."""
+def study_arms(quick):
+    """Five methods in three arms."""
     if quick:  # all but the slowest
-        for method, k in itertools.product(("simclr", "vicreg", "msn", "mae"), (8, 960)):
-            yield plates_run(tables.k_command(method, k), 0, ("digits",))
+        for method, arm in itertools.product(("simclr", "vicreg", "msn", "mae"), tables.ARMS):
+            yield arm_run(method, arm, 0, secondary=())
         return
-    for method in tables.DEFAULTS:
-        yield plates_run(tables.k_command(method, None), 0, UNTRAINED)
-    for seed in range(max(tables.PAIRS.values())):
-        for method, k in itertools.product(tables.METHODS, (8, 960)):
-            if seed < tables.PAIRS[method]:
-                yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
-    for seed in range(2):
+    for seed in range(tables.SEEDS):
+        for method, arm in itertools.product(tables.METHODS, tables.ARMS):
+            yield arm_run(method, arm, seed, secondary=("count", "size", "number"))
+        yield arm_run("simclr", "K = 24", seed, secondary=())
+
+
+def arm_run(method, arm, seed, secondary):
+    """The untrained network is the same in all arms: it is evaluated in one."""
+    measures = ["digits, untrained too" if arm == "K = 960" else "digits", *secondary]
+    if secondary and method in tables.WITH_PRIOR:
+        measures.append("distances")
+    if secondary and method == "msn":
+        measures.append("prototypes")
+    return Run(tables.arm_command(method, arm), seed, tuple(measures))
+
+
+def study_sweep(quick):
+    for seed in range(0 if quick else tables.SWEEP_SEEDS):
         for method, k in itertools.product(("simclr", "msn"), tables.SWEEP):
-            yield plates_run(tables.k_command(method, k), seed, tables.TARGETS)
+            if k not in (8, 960):  # which are arms
+                yield arm_run(method, f"K = {k}", seed, secondary=())
 
 
-def plates_run(command, seed, measures):
-    if "msn.py" in command:
-        measures = (*measures, "prototypes")
-    return Run(command, seed, measures)
+def study_doses(quick):
+    for seed in range(0 if quick else tables.DOSE_SEEDS):
+        for method, (_, values) in tables.DOSES.items():
+            for value, arm in itertools.product(values[1:], tables.ARMS[:2]):
+                yield Run(tables.dose_command(method, value, arm), seed, ("digits",))
 
 
 def study_priors(quick):
-    """MSN, and PMSN at two exponents, on long-tailed and on balanced plates."""
-    for data, seeds in (("long-tailed", 1 if quick else 16), ("balanced", 0 if quick else 8)):
-        for seed, command in itertools.product(range(seeds), tables.priors(data).values()):
-            yield plates_run(command, seed, ("digits",))
+    """MSN and PMSN, on balanced and on long-tailed plates."""
+    for seed in range(0 if quick else tables.SEEDS):
+        for data, name in itertools.product(tables.DATA, tables.PRIORS):
+            yield Run(tables.prior_command(name, data), seed, ("digits", "prototypes"))
 
 
 def study_toy(quick):
@@ -98,19 +113,19 @@ def study_toy(quick):
         yield Run(command, seed, ("toy",))
 
 
-def study_recipe(quick):
-    for seed, command in itertools.product(tables.TRIED_SEEDS, tables.TRIED.values()):
-        if not quick:
-            yield plates_run(command, seed, ("digits",))
-
-
 def study_folder():
-    """A folder of pictures: SimCLR by K, MSN against PMSN."""
-    for seed, command in itertools.product(range(3), tables.FOLDER.values()):
+    """A folder of pictures: SimCLR in three arms."""
+    for seed, command in itertools.product(range(tables.FOLDER_SEEDS), tables.FOLDER.values()):
         yield Run(command, seed, ("class",))
 
 
-STUDIES = dict(k=study_k, priors=study_priors, toy=study_toy, recipe=study_recipe)
+STUDIES = dict(
+    arms=study_arms,
+    sweep=study_sweep,
+    doses=study_doses,
+    priors=study_priors,
+    toy=study_toy,
+)
 
 
 # ---- Running them
@@ -135,7 +150,7 @@ def perform(run, out, results, threads, pictures):
         command, file = MEASURES[name]
         if command and not (there / file).exists():
             call(*command.format(out=there).split(), log=there, threads=threads)
-        numbers |= read_measure(name, json.loads((there / file).read_text()), there)
+        numbers |= read_measure(name, json.loads((there / file).read_text()))
     line = dict(
         command=run.full_command,
         seed=run.seed,
@@ -167,18 +182,19 @@ def call(script, *options, log, threads):
         subprocess.run(command, check=True, env=environment, stdout=output, stderr=output)
 
 
-def read_measure(name, found, there):
-    """What a line of results has of a measure's JSON file; there: the run's folder."""
+def read_measure(name, found):
+    """What a line of results has of a measure's JSON file."""
     name, _, _ = name.partition(",")
     if "best" not in found:
         return {name: found}
-    sizes = found["class_sizes"]  # of the data as they are
-    options = json.loads((there / "options.json").read_text())
-    if options["data"] == "plates" and options["long_tail"]:
-        sizes = sampler.long_tailed_sizes(options["long_tail"], options["seed"])
-    kept = {name: found["best"] | tables.groups(found["top1_per_class"], sizes)}
+    features = {}
+    for head in found["heads"]:  # the best on held-out images is first
+        features.setdefault(head["feature"], head["top1"])
+    kept = {name: found["best"] | dict(features=features)}
     if found["untrained_heads"]:
         kept[f"{name} untrained"] = found["untrained_heads"][0]
+    if "knn" in found:
+        kept["neighbours"] = dict(top1=found["knn"])
     return kept
 
 
@@ -206,7 +222,8 @@ def expected_minutes(run, known):
         for line in known
         if line["command"].startswith(f"python {run.command} --seed") and not line["continued"]
     ]
-    return sum(minutes) / len(minutes) if minutes else MINUTES[Path(run.command.split()[0]).stem]
+    script = run.command.removeprefix("tests/mixed.py ").split()[0]
+    return sum(minutes) / len(minutes) if minutes else MINUTES[Path(script).stem]
 
 
 def perform_all(runs, out, results, jobs, pictures):

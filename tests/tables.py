@@ -2,7 +2,8 @@
 
 reproduce.py calls make_all after its runs. A table stands in a page between <!-- NAME --> and
 <!-- /NAME -->; what is between them is replaced. An interval is of 95 per cent, by Student's t; the
-difference of two commands is of runs with the same seeds, pair by pair.
+difference of two commands is of runs with the same seeds, pair by pair. docs/plan.md says what the
+study compares, by which tests.
 """
 
 import collections
@@ -27,63 +28,67 @@ METHODS = {
     "mae": "MAE",
     "data2vec": "data2vec",
 }
-DEFAULTS = (*METHODS, "pmsn")
-# Pairs of runs at K = 8 and 960. MSN's runs differ most: of four pairs its interval was twice as
-# wide as the others'.
-PAIRS = {"simclr": 4, "vicreg": 4, "msn": 8, "mae": 4, "data2vec": 4}
-TARGETS = ("digits", "count", "size")
-SWEEP = (2, 8, 32, 128, 512, 960)
-# 600 steps on either when plates had 50 images a class; the balanced ones make three times as many
-# now.
-DATA = {
-    "long-tailed": "--recipe plates-tail",
-    "balanced": "--batch-size 256 --epochs 3 --warmup 0.3",
+WITH_PRIOR = ("simclr", "vicreg", "msn")
+CONTROLS = ("mae", "data2vec")
+ARMS = ("K = 960", "K = 8", "K = 8, mixed")
+SEEDS = 8
+MARGIN = 10  # per cent of what is learnt: a smaller loss of the controls counts as none
+TARGETS = ("digits", "count", "size", "number", "neighbours")
+SWEEP = (2, 8, 24, 96, 384, 960)
+SWEEP_SEEDS = 4
+DOSES = {  # at K = 8 and 960; the first value is the recipe's
+    "simclr": ("--temperature", (0.1, 0.2, 0.5)),
+    "vicreg": ("--cov-coeff", (4, 1, 0.25)),
+    "msn": ("--me-max-weight", (1, 0.3, 0.1)),
 }
-EXPONENTS = ("0.25", "1")
-SHOWN = ("first digit", "count", "size")  # labels that a prototype's nearest pictures may share
-TRIED = {  # to find MSN's recipe for plates
-    "the recipe": "msn.py",
-    "embeddings of width 128": "msn.py --output 128",
-    "rate 1e-3": "msn.py --lr 1e-3",
-    "rate 3e-3, width 128": "msn.py --lr 3e-3 --output 128",
-    "two anchor views, 6 epochs, rate 3e-3, width 128": "msn.py --rand-views 2 --epochs 6 "
-    "--warmup 0.6 --lr 3e-3 --output 128",
-    "two anchor views, batches of 128, width 128": "msn.py --rand-views 2 --batch-size 128 "
-    "--epochs 7 --warmup 0.5 --start-lr 2e-4 --lr 1e-3 --ema 0.98 --output 128",
+DOSE_SEEDS = 3
+DATA = {"balanced": "", "long-tailed": " --recipe plates-tail"}
+FEWER = 75  # prototypes: about the effective number of 256 by the power law of exponent 1
+PRIORS = {
+    "MSN": "msn.py",
+    "PMSN, 0.25": "pmsn.py --exponent 0.25",
+    "PMSN, 0.5": "pmsn.py --exponent 0.5",
+    "PMSN, 1": "pmsn.py --exponent 1",
+    f"MSN, {FEWER} prototypes": f"msn.py --num-prototypes {FEWER}",
+    "MSN, no Sinkhorn": "msn.py --no-sinkhorn",
+    "PMSN, 1, no Sinkhorn": "pmsn.py --exponent 1 --no-sinkhorn",
 }
-TRIED_SEEDS = (11, 12)
 FORMS = {  # of the toy
     "codes, noise 0.3": "--noise 0.3",
     "codes, noise 0.5": "--noise 0.5",
     "plates, views of two drawings": "--plates --noise 0.1",
     "plates, views of one drawing": "--plates --noise 0.1 --drawings 1",
 }
-PRIORS = {"uniform": 0, "matching": 2}  # exponents
-# Small networks on a folder of 9,411 pictures of 32 pixels: EMOJI.
+TOY_PRIORS = {"uniform": 0, "matching": 2}  # exponents
+# A small network on a folder of 9,411 pictures of 32 pixels: EMOJI.
 SIMCLR_FOLDER = "simclr.py --data EMOJI --arch small --image-size 32 --hidden 512 --blur 0 " + (
     "--batch-size 512 --epochs 30 --warmup 2 --base-lr 0.6 --trust 0.003"
 )
-MSN_FOLDER = "--data EMOJI --recipe cifar10 --focal-views 0 --rand-views 1 --batch-size 512 " + (
-    "--epochs 30 --warmup 3 --start-lr 5e-4 --lr 3e-3 --ema 0.95"
-)
-FOLDER = {  # a method, then what is compared with it
-    "SimCLR, K = 80": f"{SIMCLR_FOLDER} --k-classes 80",
-    "SimCLR, K = 4": f"{SIMCLR_FOLDER} --k-classes 4",
-    "MSN": f"msn.py {MSN_FOLDER}",
-    "PMSN, exponent 0.25": f"pmsn.py {MSN_FOLDER} --exponent 0.25",
+FOLDER = {
+    "K = 80": f"{SIMCLR_FOLDER} --k-classes 80",
+    "K = 4": f"{SIMCLR_FOLDER} --k-classes 4",
+    "K = 4, mixed": f"tests/mixed.py {SIMCLR_FOLDER} --k-classes 4",
 }
+FOLDER_SEEDS = 5
 
 
-def k_command(method, k):
-    return f"{method}.py --k-classes {k}" if k else f"{method}.py"
+# ---- Commands
+def arm_command(method, arm):
+    """The command of an arm: K = 960, K = 8, or K = 8 mixed."""
+    k = arm.removeprefix("K = ").removesuffix(", mixed")
+    mixed = "tests/mixed.py " if arm.endswith("mixed") else ""
+    return f"{mixed}{method}.py --k-classes {k}"
 
 
-def priors(data):
-    """Commands by name: MSN, then PMSN by exponents, on plates of this kind."""
-    commands = {"MSN": f"msn.py {DATA[data]}"}
-    for exponent in EXPONENTS:
-        commands[f"PMSN, exponent {exponent}"] = f"pmsn.py --exponent {exponent} {DATA[data]}"
-    return commands
+def dose_command(method, value, arm):
+    """The recipe's own value is not written: it is an arm of the study."""
+    option, values = DOSES[method]
+    changed = "" if value == values[0] else f" {option} {value}"
+    return arm_command(method, arm) + changed
+
+
+def prior_command(name, data):
+    return PRIORS[name] + DATA[data]
 
 
 def toys():
@@ -91,11 +96,11 @@ def toys():
     return {
         (form, prior): f"tests/toy.py --exponent {exponent} {options}"
         for form, options in FORMS.items()
-        for prior, exponent in PRIORS.items()
+        for prior, exponent in TOY_PRIORS.items()
     }
 
 
-# ---- Results and statistics
+# ---- Results
 def read_results(path):
     """The lines of results.jsonl as dicts. One that a kill has cut is left out."""
     lines = []
@@ -116,32 +121,16 @@ class Results:
             command = line["command"].removeprefix("python ").rsplit(" --seed", 1)[0]
             self.lines[command][line["seed"]] = line
 
-    def numbers(self, command, read):
+    def numbers(self, command, read, seeds=SEEDS):
         """{seed: number}; read: line -> a number, KeyError if the line has none."""
         found = {}
         for seed, line in sorted(self.lines[command].items()):
-            try:
-                found[seed] = read(line)
-            except KeyError:
-                continue
+            if seed < seeds:
+                try:
+                    found[seed] = read(line)
+                except KeyError:
+                    continue
         return found
-
-
-def top1(target, group="top1"):
-    """Reads the per cent right of a target; group: frequent or rare classes, all by default."""
-    return lambda line: float(np.mean(line[target][group]))
-
-
-def groups(per_class, sizes):
-    """Accuracy of the most frequent tenth of the classes and of the rarer half: per_class (C,), by
-    the number of training images of each, sizes (C,)."""
-    order = np.argsort(-np.asarray(sizes), kind="stable")
-    place = np.arange(len(order)) / len(order)
-    sorted_by_size = np.asarray(per_class)[order]
-    return dict(
-        frequent=float(sorted_by_size[place < 0.1].mean()),
-        rare=float(sorted_by_size[place >= 0.5].mean()),
-    )
 
 
 def at(*keys):
@@ -149,13 +138,24 @@ def at(*keys):
     return lambda line: functools.reduce(operator.getitem, keys, line)
 
 
-def interval(numbers):
-    """Mean and half-width of its 95 per cent interval, nan for a single number."""
+def top1(target):
+    """Reads the per cent right of a target, by the best feature."""
+    return at(target, "top1")
+
+
+def has_collapsed(line):
+    """The plan's rule: at the end a prediction tells nothing of its image."""
+    return line["last_log_line"].get("information", np.inf) < 0.02
+
+
+# ---- Statistics
+def interval(numbers, level=0.95):
+    """Mean and half-width of its interval, nan for a single number."""
     numbers = np.asarray(list(numbers), dtype=float)
     n = len(numbers)
     if n < 2:
         return numbers.mean(), np.nan
-    return numbers.mean(), stats.t.ppf(0.975, n - 1) * numbers.std(ddof=1) / n**0.5
+    return numbers.mean(), stats.t.ppf((1 + level) / 2, n - 1) * numbers.std(ddof=1) / n**0.5
 
 
 def paired(first, second):
@@ -163,15 +163,60 @@ def paired(first, second):
     return [second[seed] - first[seed] for seed in first if seed in second]
 
 
+def holm(values):
+    """p values, adjusted for their number by Holm's step-down rule."""
+    values = np.asarray(values, dtype=float)
+    order = np.argsort(values)
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1))
+    return adjusted.clip(max=1)
+
+
+def shares_lost(results, method, arm="K = 8", target="digits"):
+    """{seed: per cent of what K = 960 learns, beyond the untrained network, that the arm lacks}."""
+    base = arm_command(method, "K = 960")
+    many = results.numbers(base, top1(target))
+    untrained = results.numbers(base, top1(f"{target} untrained"))
+    few = results.numbers(arm_command(method, arm), top1(target))
+    seeds = [seed for seed in many if seed in few and seed in untrained]
+    return {seed: 100 * (many[seed] - few[seed]) / (many[seed] - untrained[seed]) for seed in seeds}
+
+
+def primary(results):
+    """The primary outcome by method: its shares lost, less those of the pooled controls, with the
+    interval of Welch's t, and the p value as adjusted for three methods."""
+    pooled = [x for method in CONTROLS for x in shares_lost(results, method).values()]
+    found = {}
+    for method in WITH_PRIOR:
+        lost = list(shares_lost(results, method).values())
+        if len(lost) > 1 and len(pooled) > 1:
+            test = stats.ttest_ind(lost, pooled, equal_var=False)
+            low, high = test.confidence_interval()
+            found[method] = dict(
+                difference=(low + high) / 2, half=(high - low) / 2, p=float(test.pvalue)
+            )
+    for method, p in zip(found, holm([one["p"] for one in found.values()])):
+        found[method]["adjusted"] = p
+    return found
+
+
+# ---- Writing
 def cell(numbers, digits=1, sign=False):
     """ "mean ± half-width", or the number alone, or nothing."""
     numbers = list(numbers)
     if not numbers:
         return ""
     mean, half = interval(numbers)
-    shape = f"{'+' if sign else ''}.{digits}f"
-    text = format(mean, shape)
+    return plus_minus(mean, half, digits, sign)
+
+
+def plus_minus(mean, half, digits=1, sign=False):
+    text = format(mean, f"{'+' if sign else ''}.{digits}f")
     return text if np.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
+def p_value(p):
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def markdown(header, rows):
@@ -182,55 +227,67 @@ def markdown(header, rows):
 
 
 # ---- Tables
-def k_numbers(results, method, target):
-    """{seed: per cent} at K = 960, the same at K = 8, and the changes from one to the other, of the
-    seeds that both have."""
-    many = results.numbers(k_command(method, 960), top1(target))
-    few = results.numbers(k_command(method, 8), top1(target))
-    both = many.keys() & few.keys()
-    many = {seed: many[seed] for seed in sorted(both)}
-    few = {seed: few[seed] for seed in sorted(both)}
-    return many, few, paired(many, few)
-
-
-def k_table(results):
-    rows = []
-    for target in TARGETS:
-        for method, name in METHODS.items():
-            many, few, change = k_numbers(results, method, target)
-            if change:
-                row = [target, name, len(change), cell(many.values()), cell(few.values())]
-                rows.append([*row, cell(change, sign=True)])
-    return markdown(["target", "method", "seeds", "K = 960", "K = 8", "change"], rows)
-
-
-def k_digits_table(results):
-    """README's: digits alone. They are void: see the head of docs/results.md."""
+def arms_table(results):
+    """README's and the page's first: digits by arm."""
     rows = []
     for method, name in METHODS.items():
-        many, few, change = k_numbers(results, method, "digits")
-        if change:
-            row = [name, len(change), cell(many.values()), cell(few.values())]
-            rows.append([*row, cell(change, sign=True)])
-    header = ["method", "seeds", "K = 960 (void)", "K = 8 (void)", "change (void)"]
-    return markdown(header, rows)
+        base = arm_command(method, "K = 960")
+        columns = [results.numbers(arm_command(method, arm), top1("digits")) for arm in ARMS]
+        if columns[0]:
+            untrained = results.numbers(base, top1("digits untrained"))
+            cells = [cell(numbers.values()) for numbers in (untrained, *columns)]
+            lost = cell(shares_lost(results, method).values(), digits=0)
+            rows.append([name, len(columns[0]), *cells, lost])
+    return markdown(["method", "seeds", "untrained", *ARMS, "lost at K = 8, %"], rows)
 
 
-def defaults_table(results):
-    """Seed 0, the default's; others are tries of the recipe, without an untrained network."""
+def primary_table(results):
     rows = []
-    for method in DEFAULTS:
-        command = k_command(method, None)
-        line = results.lines[command].get(0)
-        if line is None:
-            continue
-        row = [f"`python {command}`", f"{line['seconds'] / 60:.1f}"]
-        for target in TARGETS:
-            row += [f"{line[target]['top1']:.1f}", f"{line[f'{target} untrained']['top1']:.1f}"]
-        rows.append(row)
-    header = ["command", "minutes, one thread"]
-    for target in TARGETS:
-        header += [target, "untrained"]
+    for method, one in primary(results).items():
+        lost = shares_lost(results, method).values()
+        mixed = shares_lost(results, method, arm="K = 8, mixed").values()
+        difference = plus_minus(one["difference"], one["half"], sign=True)
+        row = [METHODS[method], len(lost), cell(lost), difference, p_value(one["p"])]
+        rows.append([*row, p_value(one["adjusted"]), cell(mixed)])
+    pooled = {
+        arm: [x for method in CONTROLS for x in shares_lost(results, method, arm).values()]
+        for arm in ARMS[1:]
+    }
+    if rows:
+        few, mixed = pooled.values()
+        rows.append(["MAE and data2vec", len(few), cell(few), "", "", "", cell(mixed)])
+    header = ["method", "runs", "lost at K = 8, %", "more than the controls", "p", "p, adjusted"]
+    return markdown([*header, "lost at K = 8, mixed, %"], rows)
+
+
+def targets_table(results):
+    """Secondary: everything that was evaluated, from K = 960 to each other arm."""
+    rows = []
+    for target in TARGETS[1:]:
+        for method, name in METHODS.items():
+            many = results.numbers(arm_command(method, "K = 960"), top1(target))
+            if not many:
+                continue
+            row = [target, name, len(many), cell(many.values())]
+            for arm in ARMS[1:]:
+                found = results.numbers(arm_command(method, arm), top1(target))
+                row.append(cell(paired(many, found), sign=True))
+            rows.append(row)
+    return markdown(["target", "method", "seeds", *ARMS], rows)
+
+
+def features_table(results):
+    """What each feature of the ViTs gives, of K = 960."""
+    rows = []
+    for method in ("msn", *CONTROLS):
+        found = [
+            results.numbers(arm_command(method, "K = 960"), at("digits", "features", feature))
+            for feature in ("cls", "cls4", "patches")
+        ]
+        if found[0]:
+            cells = [cell(numbers.values()) for numbers in found]
+            rows.append([METHODS[method], len(found[0]), *cells])
+    header = ["digits at K = 960", "seeds", "cls", "cls of four blocks", "mean of patches"]
     return markdown(header, rows)
 
 
@@ -239,73 +296,123 @@ def sweep_table(results):
     for k in SWEEP:
         row = [k]
         for method in ("simclr", "msn"):
-            found = results.numbers(k_command(method, k), top1("digits"))
-            row.append(" ".join(f"{found[seed]:.1f}" for seed in (0, 1) if seed in found))
+            command = arm_command(method, f"K = {k}")
+            row.append(cell(results.numbers(command, top1("digits"), SWEEP_SEEDS).values()))
         if any(row[1:]):
             rows.append(row)
-    return markdown(["K", "SimCLR: digits, seeds 0 and 1", "MSN"], rows)
+    return markdown(["K", "SimCLR: digits", "MSN: digits"], rows)
 
 
-def prototypes_table(results):
-    columns = {
-        "prototypes in use": at("prototypes", "used"),
-        "effective number": at("prototypes", "effective"),
-    }
-    for name in SHOWN:
-        columns[f"same {name}"] = at("prototypes", "shares", name)
+def distances_table(results):
+    """Of embeddings: of a class over that between classes is the share that K = 8 should raise."""
     rows = []
-    for k in (8, 960):
-        command = k_command("msn", k)
-        found = [results.numbers(command, read).values() for read in columns.values()]
-        if found[0]:
-            seeds = len(found[0])
-            rows.append([f"K = {k}", seeds, *(cell(numbers, digits=0) for numbers in found)])
-    for chance in [*results.numbers(command, at("prototypes", "chance")).values()][:1]:
-        rows.append(["random pictures", "", "", "", *(f"{chance[name]:.0f}" for name in SHOWN)])
-    return markdown(["MSN", "seeds", *columns], rows)
+    for method in WITH_PRIOR:
+        for arm in ARMS:
+            command = arm_command(method, arm)
+            found = [
+                results.numbers(command, at("distances", "embedding", name))
+                for name in ("image", "same_class", "other_class")
+            ]
+            ratio = results.numbers(command, class_ratio)
+            if ratio:
+                cells = [cell(numbers.values(), digits=2) for numbers in (*found, ratio)]
+                rows.append([METHODS[method], arm, len(ratio), *cells])
+    header = ["method", "arm", "seeds", "two views", "same class", "other class", "same / other"]
+    return markdown(header, rows)
+
+
+def class_ratio(line):
+    found = line["distances"]["embedding"]
+    return found["same_class"] / found["other_class"]
+
+
+def doses_table(results):
+    rows = []
+    for method, (option, values) in DOSES.items():
+        for value in values:
+            many, few = (
+                results.numbers(dose_command(method, value, arm), top1("digits"), DOSE_SEEDS)
+                for arm in ARMS[:2]
+            )
+            change = paired(many, few)
+            if change:
+                row = [METHODS[method], f"`{option} {value}`", len(change)]
+                row += [cell(many.values()), cell(few.values()), cell(change, sign=True)]
+                rows.append(row)
+    return markdown(["method", "dose", "seeds", *ARMS[:2], "change"], rows)
 
 
 PRIOR_COLUMNS = {
     "digits": top1("digits"),
-    "of the most frequent 10%": top1("digits", "frequent"),
-    "of the rarest 50%": top1("digits", "rare"),
-    "information: class": at("prototypes", "information", "class"),
-    "first digit": at("prototypes", "information", "first digit"),
+    "from cls": at("digits", "features", "cls"),
+    "AMI: class": at("prototypes", "adjusted", "class"),
+    "first digit": at("prototypes", "adjusted", "first digit"),
     "prototypes in use": at("prototypes", "used"),
     "effective number": at("prototypes", "effective"),
 }
 
 
-def tried_table(results):
-    rows = []
-    for name, command in TRIED.items():
-        found = results.numbers(command, top1("digits"))
-        tried = {seed: found[seed] for seed in TRIED_SEEDS if seed in found}
-        if tried:
-            rows.append([name, f"`python {command}`", " ".join(f"{x:.1f}" for x in tried.values())])
-    return markdown(["what", "command", "digits, seeds 11 and 12"], rows)
-
-
 def priors_table(results):
     rows = []
     for data in DATA:
-        commands = priors(data)
-        base = {
-            column: results.numbers(commands["MSN"], read) for column, read in PRIOR_COLUMNS.items()
-        }
-        for name, command in commands.items():
-            if not results.lines[command]:
-                continue
-            row = [data, name, len(results.lines[command])]
-            change = ["", "less MSN", ""]
-            for column, read in PRIOR_COLUMNS.items():
-                found = results.numbers(command, read)
-                row.append(cell(found.values()))
-                change.append(cell(paired(base[column], found), sign=True))
-            rows.append(row)
-            if name != "MSN":
-                rows.append(change)
-    return markdown(["plates", "method", "seeds", *PRIOR_COLUMNS], rows)
+        for name in PRIORS:
+            command = prior_command(name, data)
+            collapsed = results.numbers(command, has_collapsed)
+            if collapsed:
+                found = [results.numbers(command, read) for read in PRIOR_COLUMNS.values()]
+                cells = [cell(numbers.values()) for numbers in found]
+                rows.append([data, name, f"{sum(collapsed.values())} of {len(collapsed)}", *cells])
+    return markdown(["plates", "method", "collapsed", *PRIOR_COLUMNS], rows)
+
+
+def priors_change_table(results):
+    """Each against MSN on the same data: digits with and without pairs of which one collapsed, and
+    Fisher's test of the numbers of collapses."""
+    rows = []
+    for data in DATA:
+        base = prior_command("MSN", data)
+        for name in [*PRIORS][1:]:
+            command = prior_command(name, data)
+            collapsed = [results.numbers(one, has_collapsed) for one in (base, command)]
+            row = [data, name]
+            for target in ("digits", "from cls"):
+                pair = [results.numbers(one, PRIOR_COLUMNS[target]) for one in (base, command)]
+                healthy = [
+                    {
+                        seed: x
+                        for seed, x in numbers.items()
+                        if not any(c.get(seed) for c in collapsed)
+                    }
+                    for numbers in pair
+                ]
+                row += [cell(paired(*pair), sign=True), cell(paired(*healthy), sign=True)]
+            if any(row[2:]):
+                rows.append([*row, fisher(*collapsed)])
+    columns = ["digits", "without collapsed pairs", "from cls", "without collapsed pairs"]
+    return markdown(["plates", "less MSN", *columns, "collapses, p"], rows)
+
+
+def fisher(first, second):
+    """p of Fisher's exact test for two {seed: collapsed}."""
+    counts = [[sum(one.values()), len(one) - sum(one.values())] for one in (first, second)]
+    return p_value(stats.fisher_exact(counts).pvalue)
+
+
+def tried_table(results):
+    """Lines that say why they were tried, on the way to the recipes."""
+    rows = []
+    for lines in results.lines.values():
+        for line in lines.values():
+            if "tried" in line:
+                last = line["last_log_line"]
+                information = last.get("information")
+                digits = line["digits"]["top1"] if "digits" in line else None
+                row = [line["tried"], f"`{line['command']}`", last["step"]]
+                row += [
+                    "" if x is None else f"{x:.{n}f}" for x, n in ((information, 2), (digits, 1))
+                ]
+                rows.append(row)
+    return markdown(["what", "command", "updates", "information", "digits"], rows)
 
 
 def toy_table(results):
@@ -324,17 +431,14 @@ def toy_table(results):
 
 def folder_table(results):
     rows = []
-    commands = list(FOLDER.items())
-    for pair in zip(commands[::2], commands[1::2]):
-        before = {}
-        for name, command in pair:
-            found = results.numbers(command, top1("class"))
+    many = results.numbers(FOLDER["K = 80"], top1("class"))
+    for name, command in FOLDER.items():
+        found = results.numbers(command, top1("class"))
+        if found:
             untrained = results.numbers(command, top1("class untrained"))
-            if found:
-                row = [name, len(found), cell(found.values()), cell(untrained.values())]
-                rows.append([*row, cell(paired(before, found), sign=True)])
-            before = found
-    return markdown(["method", "seeds", "class", "untrained", "less the row above"], rows)
+            row = [name, len(found), cell(found.values()), cell(untrained.values())]
+            rows.append([*row, cell(paired(many, found), sign=True) if found != many else ""])
+    return markdown(["SimCLR", "seeds", "class", "untrained", "less K = 80"], rows)
 
 
 def time_table(results):
@@ -342,8 +446,8 @@ def time_table(results):
     groups = collections.defaultdict(list)
     for lines in results.lines.values():
         for line in lines.values():
-            script = line["command"].split()[1]
-            groups[script].append(line)
+            script = line["command"].removeprefix("python tests/mixed.py ").split()[0]
+            groups[script.removeprefix("python ")].append(line)
     rows = []
     for script, lines in groups.items():
         hours = sum(line["seconds"] for line in lines) / 3600
@@ -360,6 +464,16 @@ def time_table(results):
 
 
 # ---- Figures
+COLOURS = {  # of a method, in every figure
+    "simclr": "tab:blue",
+    "vicreg": "tab:green",
+    "msn": "tab:red",
+    "pmsn": "tab:purple",
+    "mae": "tab:brown",
+    "data2vec": "tab:orange",
+}
+
+
 def in_style(draw):
     """The figure in this style, which no other figure gets."""
 
@@ -374,57 +488,81 @@ def in_style(draw):
     return styled
 
 
-def new_figure(columns, width, height):
+def new_figure(columns, width, height, **options):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     size = dict(figsize=(width, height), dpi=120, layout="constrained")
-    return plt.subplots(1, columns, sharex=True, **size)
+    return plt.subplots(1, columns, **size, **options)
 
 
 @in_style
-def draw_k(results):
-    """Change from K = 960 to 8, by target and method, with intervals."""
-    figure, axes = new_figure(len(TARGETS), 9, 2.6)
-    for axis, target in zip(axes, TARGETS):
-        for place, method in enumerate(METHODS):
-            _, _, change = k_numbers(results, method, target)
-            if change:
-                mean, half = interval(change)
-                control = method in ("mae", "data2vec")
-                axis.errorbar(mean, place, xerr=half, fmt="o", capsize=3,
-                              color="tab:grey" if control else "tab:red")  # fmt: skip
-                axis.plot(change, [place + 0.25] * len(change), ".", color="silver", markersize=4)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(METHODS)), METHODS.values() if target == TARGETS[0] else [])
-        axis.set_ylim(len(METHODS) - 0.5, -0.5)
-        axis.set_title(target)
-        axis.set_xlabel("K = 8 less K = 960, points")
+def draw_arms(results):
+    """Digits in the three arms, a line a seed; dashed, if one of its runs collapsed."""
+    figure, axes = new_figure(len(METHODS), 9, 2.8, sharex=True, sharey=True)
+    for axis, (method, name) in zip(axes, METHODS.items()):
+        digits = [results.numbers(arm_command(method, arm), top1("digits")) for arm in ARMS]
+        collapsed = [results.numbers(arm_command(method, arm), has_collapsed) for arm in ARMS]
+        seeds = [seed for seed in digits[0] if all(seed in arm for arm in digits)]
+        for seed in seeds:
+            style = "--" if any(arm[seed] for arm in collapsed) else "-"
+            axis.plot(ARMS, [arm[seed] for arm in digits], style, marker=".", linewidth=0.8,
+                      color=COLOURS[method])  # fmt: skip
+        untrained = results.numbers(arm_command(method, ARMS[0]), top1("digits untrained"))
+        if untrained:
+            axis.axhline(np.mean(list(untrained.values())), color="grey", linestyle=":")
+        axis.set_title(f"{name}, n = {len(seeds)}")
+        axis.tick_params(axis="x", rotation=30)
+    axes[0].set_ylabel("digits, per cent")
     return figure
 
 
 @in_style
 def draw_sweep(results):
-    """Digits against K."""
-    figure, axis = new_figure(1, 5, 3)
-    for method, colour in (("simclr", "tab:blue"), ("msn", "tab:red")):
-        by_k = {}
+    """Digits against K: all runs, and a line through the means; an open circle has collapsed."""
+    figure, axes = new_figure(2, 7, 3, sharex=True, sharey=True)
+    for axis, method in zip(axes, ("simclr", "msn")):
+        means = {}
         for k in SWEEP:
-            found = results.numbers(k_command(method, k), top1("digits"))
-            by_k[k] = [found[seed] for seed in (0, 1) if seed in found]
-        by_k = {k: found for k, found in by_k.items() if found}
-        axis.plot(list(by_k), [np.mean(found) for found in by_k.values()], color=colour,
-                  label=METHODS[method])  # fmt: skip
-        for k, found in by_k.items():
-            axis.plot([k] * len(found), found, "o", color=colour, markersize=4)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(SWEEP, SWEEP)
-    axis.minorticks_off()
-    axis.set_xlabel("K, distinct classes in a batch of 1,024")
-    axis.set_ylabel("digits, per cent")
-    axis.legend(frameon=False)
+            command = arm_command(method, f"K = {k}")
+            found = results.numbers(command, top1("digits"), SWEEP_SEEDS)
+            collapsed = results.numbers(command, has_collapsed, SWEEP_SEEDS)
+            for seed, number in found.items():
+                axis.plot(k, number, "o", color=COLOURS[method], markersize=4,
+                          fillstyle="none" if collapsed[seed] else "full")  # fmt: skip
+            if found:
+                means[k] = np.mean(list(found.values()))
+        axis.plot(list(means), list(means.values()), color=COLOURS[method])
+        base = arm_command(method, "K = 960")
+        untrained = results.numbers(base, top1("digits untrained"), SWEEP_SEEDS)
+        if untrained:
+            axis.axhline(np.mean(list(untrained.values())), color="grey", linestyle=":")
+        axis.set_title(METHODS[method])
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(SWEEP, SWEEP)
+        axis.minorticks_off()
+        axis.set_xlabel("K, distinct classes in a batch")
+    axes[0].set_ylabel("digits, per cent (dotted: untrained)")
+    return figure
+
+
+@in_style
+def draw_tail(results):
+    """Class sizes of long-tailed plates beside the priors over prototypes."""
+    figure, (left, right) = new_figure(2, 7, 2.8)
+    sizes = np.sort(sampler.long_tailed_sizes(1.0, seed=0))[::-1]
+    left.loglog(np.arange(1, 1001), sizes, color="black")
+    left.axhline(150, color="grey", linestyle=":")
+    left.set_xlabel("rank of a class")
+    left.set_ylabel("images (dotted: balanced)")
+    for exponent in (0, 0.25, 0.5, 1):
+        prior = sampler.power_law_prior(256, exponent)
+        right.loglog(np.arange(1, 257), prior, label=f"exponent {exponent}")
+    right.set_xlabel("rank of a prototype")
+    right.set_ylabel("prior")
+    right.legend(frameon=False)
     return figure
 
 
@@ -433,10 +571,10 @@ def draw_prototypes(results):
     """The pictures nearest to twelve prototypes of MSN, at K = 8 and 960, seed 0."""
     images, _ = sampler.open_data("plates", "val")
     figure, axes = new_figure(2, 8, 5.1)
-    for axis, k in zip(axes, (8, 960)):
+    for axis, arm in zip(axes, ("K = 8", "K = 960")):
         axis.axis("off")
-        axis.set_title(f"K = {k}")
-        line = results.lines[k_command("msn", k)].get(0)
+        axis.set_title(arm)
+        line = results.lines[arm_command("msn", arm)].get(0)
         if line:
             pictures = images[np.array(line["prototypes"]["shown"]), 0]  # (12, 10, 32, 32)
             rows, columns = pictures.shape[:2]
@@ -450,18 +588,26 @@ def draw_prototypes(results):
 
 
 TABLES = {
-    "defaults": defaults_table,
-    "k": k_table,
-    "k digits": k_digits_table,
+    "arms": arms_table,
+    "primary": primary_table,
+    "targets": targets_table,
+    "features": features_table,
     "sweep": sweep_table,
-    "prototypes": prototypes_table,
-    "tried": tried_table,
+    "distances": distances_table,
+    "doses": doses_table,
     "priors": priors_table,
+    "priors change": priors_change_table,
+    "tried": tried_table,
     "toy": toy_table,
     "folder": folder_table,
     "time": time_table,
 }
-FIGURES = {"k.png": draw_k, "sweep.png": draw_sweep, "prototypes.png": draw_prototypes}
+FIGURES = {
+    "arms.png": draw_arms,
+    "sweep.png": draw_sweep,
+    "tail.png": draw_tail,
+    "prototypes.png": draw_prototypes,
+}
 PAGES = ("README.md", "docs/results.md")
 
 

@@ -228,6 +228,12 @@ def run_reproduce(options):
     assert list(perform.call_args[0][0])
 
 
+def run_mixed(options):
+    """The script's own options; that it runs is tested beside it."""
+    name, *rest = options
+    SCRIPTS[name].parse_args(rest)
+
+
 def run_copies(options):
     """Copies are equal, so nothing is written."""
     before = [path.read_bytes() for path in sorted(ROOT.glob("*.py"))]
@@ -241,6 +247,7 @@ TOOLS = {  # programs in tests/ that pages call: what is done with a command's o
     "tests/check_student.py": check_student.parse_args,
     "tests/curves.py": run_curves,
     "tests/endurance.py": list,  # nothing: it takes minutes
+    "tests/mixed.py": run_mixed,
     "tests/pictures.py": run_pictures,
     "tests/prototypes.py": run_prototypes,
     "tests/reproduce.py": run_reproduce,

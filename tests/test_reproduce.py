@@ -1,6 +1,5 @@
 """tests/reproduce.py and tables.py: what is run, that it goes on where it was, the numbers."""
 
-import functools
 import itertools
 import json
 import re
@@ -30,7 +29,7 @@ def all_runs(quick=False):
 
 def parse(command):
     """A command of the study -> its options, by its script's own parser."""
-    _, script, *options = shlex.split(command)
+    script, *options = shlex.split(command.removeprefix("python ").removeprefix("tests/mixed.py "))
     if script == "tests/toy.py":
         return toy.parse_args(options)
     return SCRIPTS[Path(script).stem].parse_args(options)
@@ -38,31 +37,49 @@ def parse(command):
 
 def test_commands_are_those_of_the_scripts():
     runs = all_runs()
-    pairs = 4 * 4 + 8  # MSN's are eight
-    priors = 3 * (16 + 8)
-    tried = 2 * len(tables.TRIED)
-    folder = 3 * len(tables.FOLDER)
-    assert len(runs) == 2 * pairs + 6 + 2 * 2 * 4 + priors + 12 * 8 + tried + folder
+    arms = 8 * (5 * 3 + 1)
+    sweep = 4 * 2 * 4 - 4  # SimCLR at K = 24 is in the arms
+    doses = 3 * 3 * 2 * 2
+    priors = 8 * 2 * 7
+    folder = 3 * 5
+    assert len(runs) == arms + sweep + doses + priors + 12 * 8 + folder
     for command, run in runs.items():
         assert parse(command).seed == run.seed
     quick = all_runs(quick=True)
-    assert len(quick) == 4 * 2 + 3 + 8 * 3 + folder and quick.keys() <= runs.keys()
+    assert len(quick) == 4 * 3 + 3 * 8 + folder and quick.keys() <= runs.keys()
 
 
 def test_the_page_of_results_shows_commands_of_the_study():
     page = (reproduce.DOCS / "results.md").read_text()
     shown = re.findall(r"^python (?!tests/reproduce.py|tests/pictures.py).*$", page, re.M)
-    assert len(shown) >= 15
+    assert len(shown) >= 10
     for line in shown:
         assert re.sub(r" --out \S+$", "", line) in all_runs(), line
 
 
-def test_both_k_have_the_same_batches_but_for_k():
+def test_arms_differ_in_k_alone_and_doses_in_their_option_alone():
     for method in tables.METHODS:
-        many = vars(parse(f"python {tables.k_command(method, 960)}"))
-        few = vars(parse(f"python {tables.k_command(method, 8)}"))
+        many, few, mixed = (vars(parse(tables.arm_command(method, arm))) for arm in tables.ARMS)
         assert {name for name in many if many[name] != few[name]} == {"k_classes"}
-        assert many["batch_size"] >= 960
+        assert few == mixed and few["batch_size"] >= 960
+    for method, (option, values) in tables.DOSES.items():
+        name = option.removeprefix("--").replace("-", "_")
+        plain = vars(parse(tables.arm_command(method, "K = 8")))
+        assert plain[name] == values[0]
+        for value in values[1:]:
+            dose = vars(parse(tables.dose_command(method, value, "K = 8")))
+            assert {key for key in dose if dose[key] != plain[key]} == {name}
+            assert dose[name] == value
+
+
+def test_runs_with_and_without_a_tail_differ_in_the_tail_alone():
+    """And have the same number of images."""
+    for name in tables.PRIORS:
+        balanced, tail = (vars(parse(tables.prior_command(name, data))) for data in tables.DATA)
+        assert {key for key in tail if balanced[key] != tail[key]} == {"long_tail", "recipe"}
+    assert sum(sampler.long_tailed_sizes(1.0, seed=0)) == 150_000
+    prior = sampler.power_law_prior(parse("msn.py").num_prototypes, 1)
+    assert round(np.exp(stats.entropy(prior))) == tables.FEWER
 
 
 # ---- Running
@@ -85,19 +102,22 @@ class Calls:
             (log / "prototypes.json").write_text(json.dumps(found))
         elif script == "linear_eval.py":
             target = options[options.index("--target") + 1] if "--target" in options else "digits"
-            file = log / f"linear_eval_plates_{target}.json"
+            words = ["linear_eval_plates", target, *["20-per-class"] * ("20-per-class" in options)]
+            file = log / f"{'_'.join(words)}.json"
             if "--out" in options:
                 file = Path(options[options.index("--out") + 1])
-            head = dict(top1=60.0, targets=[50.0, 60.0, 70.0])
-            found = dict(best=head, untrained_heads=None)
-            found |= dict(top1_per_class=[*range(1000)], class_sizes=[150] * 1000)
+            head = dict(top1=60.0, targets=[50.0, 60.0, 70.0], feature="patches")
+            heads = [head, head | dict(top1=58.0, feature="cls"), head | dict(top1=57.0)]
+            found = dict(best=head, heads=heads, untrained_heads=None)
+            if "--knn" in options:
+                found["knn"] = 33.0
             if "--no-untrained" not in options:
                 found["untrained_heads"] = [head | dict(top1=40.0), head]
             file.write_text(json.dumps(found))
+        elif script == "tests/distances.py":
+            (log / "distances.json").write_text(json.dumps(dict(embedding=dict(image=0.5))))
         else:
             (log / "checkpoint.pt").touch()
-            options = dict(data="plates", long_tail=float("--recipe" in options), seed=3)
-            (log / "options.json").write_text(json.dumps(options))
             (log / "log.jsonl").write_text('{"step": 1}\n{"step": 2, "loss": 0.5}\n')
 
 
@@ -107,28 +127,26 @@ def calls(monkeypatch):
     return reproduce.call
 
 
-def test_finished_runs_are_skipped_and_failed_ones_are_told(tmp_path, calls, capsys, monkeypatch):
+def test_finished_runs_are_skipped_and_failed_ones_are_told(tmp_path, calls, capsys):
     results = tmp_path / "results.jsonl"
-    options = ["--table", "k", "--quick", "--results", str(results), "--out", str(tmp_path)]
-    plain = functools.partial(reproduce.Run, measures=tables.TARGETS)
-    monkeypatch.setattr(reproduce, "plates_run", lambda command, seed, _: plain(command, seed))
-    calls.fails = "mae.py --k-classes 8"
+    options = ["--table", "arms", "--quick", "--results", str(results), "--out", str(tmp_path)]
+    calls.fails = "mae.py --k-classes 960"
     assert reproduce.main([*options, "--jobs", "2"]) == 1
     printed = capsys.readouterr()
-    assert "python mae.py --k-classes 8 --seed 0: it failed" in printed.err + printed.out
+    assert "python mae.py --k-classes 960 --seed 0: it failed" in printed.err + printed.out
     lines = tables.read_results(results)
-    assert len(lines) == 7 and not any("mae.py --k-classes 8 " in line["command"] for line in lines)
+    assert len(lines) == 11
+    assert not any("mae.py --k-classes 960 " in line["command"] for line in lines)
     calls.commands.clear()
     calls.fails = "nothing"
     with results.open("a") as file:
         file.write('{"command": "python half a li')  # a kill
     assert reproduce.main([*options, "--jobs", "1"]) == 0
-    out = tmp_path / "mae.py_--k-classes_8_--seed_0"
-    evaluation = f"linear_eval.py {out}/checkpoint.pt --no-untrained"
-    evaluations = [evaluation, f"{evaluation} --target count", f"{evaluation} --target size"]
-    assert calls.commands == [f"mae.py --k-classes 8 --seed 0 --out {out}", *evaluations]
-    assert len(tables.read_results(results)) == 8
-    assert "| digits | SimCLR | 1 | 60.0 | 60.0 | +0.0 |" in capsys.readouterr().out
+    out = tmp_path / "mae.py_--k-classes_960_--seed_0"
+    evaluation = f"linear_eval.py {out}/checkpoint.pt"
+    assert calls.commands == [f"mae.py --k-classes 960 --seed 0 --out {out}", evaluation]
+    assert len(tables.read_results(results)) == 12
+    assert "| SimCLR | 1 | 40.0 | 60.0 | 60.0 | 60.0 | 0 |" in capsys.readouterr().out
 
 
 def test_a_line_that_lacks_a_measure_does_not_count():
@@ -140,34 +158,28 @@ def test_a_line_that_lacks_a_measure_does_not_count():
 
 def test_a_line_has_all_numbers(tmp_path, calls):
     results = tmp_path / "results.jsonl"
-    run = reproduce.plates_run("msn.py", 3, reproduce.UNTRAINED)
+    secondary = ("count", "size", "number")
+    run = reproduce.arm_run("msn", "K = 960", 3, secondary)
+    reproduce.perform(run, tmp_path, results, threads=1, pictures=None)
+    run = reproduce.arm_run("simclr", "K = 8, mixed", 3, secondary)
     reproduce.perform(run, tmp_path, results, threads=1, pictures=None)
     run = reproduce.Run("simclr.py --data EMOJI", 0, ("class",))
     reproduce.perform(run, tmp_path, results, threads=1, pictures="/folder/of/pictures")
     assert calls.commands[-2].startswith("simclr.py --data /folder/of/pictures --seed 0 --out")
-    line, emoji = tables.read_results(results)
-    assert line["command"] == "python msn.py --seed 3" and line["seed"] == 3
+    line, mixed, emoji = tables.read_results(results)
+    assert line["command"] == "python msn.py --k-classes 960 --seed 3" and line["seed"] == 3
     assert line["commit"] == reproduce.git("rev-parse", "--short", "HEAD") != ""
     assert line["threads"] == 1 and line["seconds"] >= 0 and not line["continued"]
     assert line["last_log_line"] == dict(step=2, loss=0.5)
     assert line["digits"]["top1"] == 60 and line["digits untrained"]["top1"] == 40
-    assert line["size untrained"]["targets"] == [50, 60, 70]
-    assert line["digits"]["frequent"] == np.arange(100).mean()  # equal sizes: by number
-    assert line["digits"]["rare"] == np.arange(500, 1000).mean()
-    assert line["prototypes"]["used"] == 3
+    assert line["digits"]["features"] == dict(patches=60, cls=58)
+    assert line["size"]["targets"] == [50, 60, 70]
+    assert line["number"]["top1"] == 60 and line["neighbours"]["top1"] == 33
+    assert line["prototypes"]["used"] == 3 and line["distances"]["embedding"]["image"] == 0.5
+    assert mixed["command"] == "python tests/mixed.py simclr.py --k-classes 8 --seed 3"
+    assert "distances" in mixed and "digits untrained" not in mixed
     assert emoji["command"] == "python simclr.py --data EMOJI --seed 0"
     assert emoji["class"]["top1"] == 60 and emoji["class untrained"]["top1"] == 40
-
-
-def test_frequent_and_rare_classes_are_those_of_the_run(tmp_path, calls):
-    """Of a long-tailed run, whose evaluation has as many images of every class."""
-    assert tables.groups([10, 20, 30, 40], [5, 1, 9, 1]) == dict(frequent=30, rare=30)
-    run = reproduce.Run("msn.py --recipe plates-tail", 3, ("digits",))
-    reproduce.perform(run, tmp_path, tmp_path / "results.jsonl", threads=1, pictures=None)
-    (line,) = tables.read_results(tmp_path / "results.jsonl")
-    sizes = sampler.long_tailed_sizes(1.0, seed=3)
-    frequent = [k for k in range(1000) if sizes[k] >= np.sort(sizes)[-100]]
-    assert len(frequent) == 100 and line["digits"]["frequent"] == pytest.approx(np.mean(frequent))
 
 
 def test_a_run_in_earnest(tmp_path, pictures):
@@ -185,7 +197,6 @@ def test_a_run_in_earnest(tmp_path, pictures):
     assert line["command"].startswith("python msn.py --data EMOJI")
     assert 0 < tables.top1("class")(line) <= 100
     assert 0 < tables.top1("class untrained")(line) <= 100
-    assert 0 <= tables.top1("class", "frequent")(line) <= 100
     assert line["prototypes"]["used"] <= 16 and line["last_log_line"]["step"] == 2
     assert f"msn: {folder}" in (reproduce.run_folder(tmp_path, run) / "output.txt").read_text()
 
@@ -198,6 +209,8 @@ def test_time_left_is_by_earlier_runs_of_the_command():
     other = line | dict(command="python msn.py --k-classes 80 --seed 0", seconds=900)
     assert reproduce.expected_minutes(run, [line, stopped, other]) == 2
     assert reproduce.expected_minutes(run, [other]) == reproduce.MINUTES["msn"]
+    mixed = reproduce.Run("tests/mixed.py msn.py --k-classes 8", 1, ())
+    assert reproduce.expected_minutes(mixed, [line]) == reproduce.MINUTES["msn"]
 
 
 # ---- Statistics
@@ -211,26 +224,74 @@ def test_intervals_and_pairs():
     assert tables.paired({0: 1, 1: 5, 3: 2}, {1: 7, 0: 4, 2: 9}) == [3, 2]
 
 
+def test_holm_and_collapses():
+    np.testing.assert_allclose(tables.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
+    np.testing.assert_allclose(tables.holm([0.5, 0.001, 0.9]), [1, 0.003, 1])
+    assert tables.has_collapsed(dict(last_log_line=dict(information=0.01)))
+    assert not tables.has_collapsed(dict(last_log_line=dict(information=2.0)))
+    assert not tables.has_collapsed(dict(last_log_line=dict(loss=0.0)))
+
+
 def planted():
-    """Results whose change from K = 960 to 8 is known: SimCLR -10, -12, others 0."""
+    """Results of which all is known. Untrained 40, K = 960 learns 50; at K = 8 SimCLR loses 20 to
+    27 per cent of it, the controls 0 to 7, mixed nobody anything."""
     lines = []
-    for method, k, seed in itertools.product(tables.METHODS, (8, 960), (0, 1)):
-        drop = 10 + 2 * seed if method == "simclr" and k == 8 else 0
-        line = dict(command=f"python {method}.py --k-classes {k} --seed {seed}", seed=seed)
-        for target in tables.TARGETS:
-            line[target] = dict(top1=90.0 + 5 * seed - drop)
+    for method, arm, seed in itertools.product(tables.METHODS, tables.ARMS, range(8)):
+        lost = 0.01 * seed + 0.2 * (method == "simclr") if arm == "K = 8" else 0
+        command = f"python {tables.arm_command(method, arm)} --seed {seed}"
+        line = dict(command=command, seed=seed, last_log_line={})
+        line["digits"] = dict(top1=40 + 50 * (1 - lost))
+        if arm == "K = 960":
+            line["digits untrained"] = dict(top1=40.0)
         lines.append(line | dict(seconds=3600.0, seconds_evaluating=360.0))
     return lines
 
 
-def test_the_table_of_planted_numbers():
-    table = tables.k_table(tables.Results(planted()))
-    half = stats.t.ppf(0.975, 1) * 1.0
-    assert f"| digits | SimCLR | 2 | 92.5 ± {half * 2.5:.1f} | 81.5 ± " in table
-    assert f"| -11.0 ± {half:.1f} |" in table
-    assert table.count("| +0.0 ± 0.0 |") == 3 * 4
-    assert len(table.splitlines()) == 2 + 15
-    assert "| all | 20 | 20.0 | 2.0 |" in tables.time_table(tables.Results(planted()))
+def test_the_primary_outcome_of_planted_numbers():
+    results = tables.Results(planted())
+    lost = tables.shares_lost(results, "simclr")
+    assert lost == pytest.approx({seed: 20.0 + seed for seed in range(8)})
+    controls = 2 * [*range(8)]
+    found = tables.primary(results)
+    assert set(found) == {"simclr", "vicreg", "msn"}
+    assert found["simclr"]["difference"] == pytest.approx(20)
+    # Welch by hand.
+    errors = np.var(range(8), ddof=1) / 8, np.var(controls, ddof=1) / 16
+    freedom = sum(errors) ** 2 / (errors[0] ** 2 / 7 + errors[1] ** 2 / 15)
+    half = stats.t.ppf(0.975, freedom) * sum(errors) ** 0.5
+    assert found["simclr"]["half"] == pytest.approx(half)
+    p = 2 * stats.t.sf(20 / sum(errors) ** 0.5, freedom)
+    assert found["simclr"]["p"] == pytest.approx(p)
+    assert found["simclr"]["adjusted"] == pytest.approx(3 * p)
+    assert found["msn"]["p"] == pytest.approx(1) and found["msn"]["adjusted"] == 1
+    table = tables.primary_table(results)
+    assert f"| SimCLR | 8 | 23.5 ± 2.0 | +20.0 ± {half:.1f} | < 0.001 | < 0.001 |" in table
+    assert "| MAE and data2vec | 16 | 3.5 ± 1.3 |" in table
+    arms = tables.arms_table(results)
+    assert "| SimCLR | 8 | 40.0 ± 0.0 | 90.0 ± 0.0 | 78.2 ± 1.0 | 90.0 ± 0.0 | 24 ± 2 |" in arms
+    assert "| all | 120 | 120.0 | 12.0 |" in tables.time_table(results)
+
+
+def test_collapses_are_counted_and_told_apart():
+    """Of MSN's eight long-tailed runs four collapse and are 30 points lower; of PMSN's none."""
+    lines = []
+    for name, seed in itertools.product(("MSN", "PMSN, 1"), range(8)):
+        collapsed = name == "MSN" and seed < 4
+        digits = dict(top1=70.0 - 30 * collapsed, features=dict(cls=60.0))
+        lines.append(
+            dict(
+                command=f"python {tables.prior_command(name, 'long-tailed')} --seed {seed}",
+                seed=seed,
+                last_log_line=dict(information=0.0 if collapsed else 2.0),
+                digits=digits,
+            )
+        )
+    results = tables.Results(lines)
+    assert "| long-tailed | MSN | 4 of 8 |" in tables.priors_table(results)
+    p = stats.fisher_exact([[4, 4], [0, 8]]).pvalue
+    table = tables.priors_change_table(results)
+    assert "| long-tailed | PMSN, 1 | +15.0 ± 13.4 | +0.0 ± 0.0 |" in table
+    assert f"| {p:.3f} |" in table
 
 
 # ---- The pages
@@ -239,16 +300,8 @@ def test_tables_of_the_pages_are_those_of_the_results(page):
     """A changed number is noticed."""
     text = (reproduce.ROOT / page).read_text()
     assert tables.fill(text, tables.Results(RESULTS)) == text
-    more = [line | {"digits": dict(top1=99, rare=99, frequent=99)} for line in RESULTS]
+    more = [line | {"digits": dict(top1=99.0)} for line in RESULTS]
     assert tables.fill(text, tables.Results(more)) != text
-
-
-def test_old_results_are_said_to_be_void():
-    readme = (reproduce.ROOT / "README.md").read_text()
-    _, _, table = readme.partition("<!-- k digits -->\n")
-    assert table.split("\n")[0].count("(void)") == 3 and "**These\nnumbers are void**" in readme
-    top = (reproduce.DOCS / "results.md").read_text().split("\n\n")[1]
-    assert top.startswith("**All numbers of this page") and "void." in top and top.endswith(".**")
 
 
 @pytest.mark.parametrize("name", tables.FIGURES)
