@@ -75,8 +75,9 @@ SMALL = dict(
 PLATES = SMALL | dict(
     rand_crop=[0.6, 1.0], flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0,
     solarise=0.5, threshold=0.0, noise=0.2, standardise=True,
-    rand_views=1, output=32,
-    batch_size=1024, epochs=3, warmup=0.33, start_lr=5e-4, lr=2e-3, ema=0.95,
+    rand_views=1, output=32, position_std=0.5,
+    batch_size=1024, epochs=3, warmup=0.33, start_lr=5e-4, lr=4e-3, ema=0.95,
+    clip=0.1,  # the first gradients are large, and AdamW would remember them for the whole run
 )  # fmt: skip
 
 # Options have the study's values as defaults (ViT-B/16), or else the official code's; a recipe
@@ -87,7 +88,7 @@ RECIPES = {
     "cifar10": SMALL | dict(focal_views=4),
     "cifar100": SMALL | dict(focal_views=4),
     "plates": PLATES,
-    "plates-tail": PLATES | dict(long_tail=1.0, batch_size=256, epochs=1, warmup=0.1),
+    "plates-tail": PLATES | dict(long_tail=1.0),
 }  # fmt: skip
 
 
@@ -132,6 +133,7 @@ def parse_args(argv=None):
     g.add_argument("--dim", type=positive_int, default=768, help="width")
     g.add_argument("--depth", type=positive_int, default=12, help="blocks")
     g.add_argument("--heads", type=positive_int, default=12, help="of attention")
+    g.add_argument("--position-std", type=nonnegative, default=0.02, help="of positions, at first")
     g.add_argument("--hidden", type=positive_int, default=2048, help="width of the projector")
     g.add_argument("--output", type=positive_int, default=256, help="width of embeddings")
 
@@ -240,7 +242,10 @@ class VisionTransformer(nn.Module):
     images (B, 3, H, W) and keep, the indices of the patches to use (None: all)
     -> representations (B, D): the cls token after the final norm."""
 
-    def __init__(self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, stem=()):
+    def __init__(
+        self, image_size=224, patch_size=16, dim=768, depth=12, heads=12, stem=(),
+        position_std=0.02,
+    ):  # fmt: skip
         super().__init__()
         self.grid = image_size // patch_size
         self.patch_embed = nn.ModuleDict(dict(proj=patch_projection(patch_size, dim, stem)))
@@ -249,7 +254,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*[EncoderBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=position_std)
         self.apply(initialise)
 
     def forward(self, images, keep=None):
@@ -630,8 +635,9 @@ def train(args, device):
     images, sampler = training_data(args)
     torch.manual_seed(args.seed)  # the same initial weights on every process
     encoder = VisionTransformer(
-        args.image_size, args.patch_size, args.dim, args.depth, args.heads, args.stem
-    )
+        args.image_size, args.patch_size, args.dim, args.depth, args.heads, args.stem,
+        args.position_std,
+    )  # fmt: skip
     anchor = MSN(encoder, args.dim, args.hidden, args.output, args.num_prototypes).to(device)
     anchor = synchronise_batchnorm(anchor, device)
     target = copy.deepcopy(anchor).requires_grad_(False)

@@ -467,8 +467,8 @@ def time_table(results):
 COLOURS = {  # of a method, in every figure
     "simclr": "tab:blue",
     "vicreg": "tab:green",
-    "msn": "tab:red",
-    "pmsn": "tab:purple",
+    "msn": "tab:purple",
+    "pmsn": "tab:pink",
     "mae": "tab:brown",
     "data2vec": "tab:orange",
 }

@@ -29,7 +29,7 @@ STUDY = TRANSFORMER | dict(
     focal_crop=[0.05, 0.3], flip=0.5, jitter=[0.4, 0.4, 0.4, 0.1], grey=0.2, blur=0.5,
     blur_sigma=[0.1, 2.0], solarise=0.0, threshold=0.5, noise=0.0, standardise=False, stem=[],
     batch_size=1024, epochs=300, warmup=15.0, start_lr=2e-4, lr=1e-3, final_lr=1e-6,
-    weight_decay=[0.04, 0.4], ema=0.996, clip=3.0,
+    weight_decay=[0.04, 0.4], ema=0.996, clip=3.0, position_std=0.02,
 )  # fmt: skip
 PAPER = {
     simclr: RESNET | dict(
