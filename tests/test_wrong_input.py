@@ -36,7 +36,7 @@ WHOLE = {
 }
 REAL = {
     "at least 0": "long_tail warmup start_lr final_lr weight_decay jitter noise me_max_weight "
-    "prior_weight exponent sim_coeff std_coeff cov_coeff ema_anneal",
+    "prior_weight exponent sim_coeff std_coeff cov_coeff ema_anneal position_std",
     "at least 1e-12": "save_minutes lr base_lr temperature sharpen clip trust blur_sigma beta "
     "layer_scale",
     "from 0 to 1": "crop rand_crop focal_crop flip grey blur solarise threshold patch_drop ema "
