@@ -218,6 +218,9 @@ def run_pictures(options):
     """batches.png has a test of its own, with the sampler's."""
     pictures.draw().savefig("plates.png", metadata={"Software": None})
     assert_equal_pictures("plates.png", ROOT / "docs/plates.png")
+    for method in METHODS:
+        pictures.draw_idea(method).savefig("idea.png", metadata={"Software": None})
+        assert_equal_pictures("idea.png", ROOT / f"docs/{method}-idea.png")
 
 
 def run_reproduce(options):
