@@ -130,8 +130,7 @@ def parse_args(argv=None):
     g.add_argument("--dim", type=positive_int, default=768, help="width")
     g.add_argument("--depth", type=positive_int, default=12, help="blocks")
     g.add_argument("--heads", type=positive_int, default=12, help="of attention")
-    g.add_argument("--position-std", type=nonnegative, default=0.02,
-                   help="deviation of patches' positions, at first")  # fmt: skip
+    g.add_argument("--position-std", type=nonnegative, default=0.02, help="of positions, at first")
     g.add_argument("--hidden", type=positive_int, default=2048, help="width of the projector")
     g.add_argument("--output", type=positive_int, default=256, help="width of embeddings")
 
@@ -252,8 +251,7 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.Sequential(*[EncoderBlock(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.pos_embed.data[:, 1:] *= position_std / 0.02  # of patches
+        nn.init.trunc_normal_(self.pos_embed, std=position_std)
         self.apply(initialise)
 
     def forward(self, images, keep=None):

@@ -20,7 +20,10 @@ def test_losses_agree_to_the_precision_of_bf16(script, few_plates, tmp_path, mon
     for flag in ("--no-bf16", "--bf16"):
         options = flag, "--steps", 3, "--log-every", 1, "--batch-size", 64
         if script in SIAMESE:
-            options += "--start-lr", 5e-4, "--lr", 2e-3, "--stem", *script.RECIPES["plates"]["stem"]
+            # Beside the large positions of plates the first differences of images are small, and
+            # bfloat16 rounds them coarsely.
+            options += "--position-std", 0.02, "--clip", 3, "--start-lr", 5e-4, "--lr", 2e-3
+            options += ("--stem", *script.RECIPES["plates"]["stem"])
         state, log = run(script, tmp_path / flag[2:], *options)
         losses.append(torch.tensor([line["loss"] for line in log]).mean())
         assert state["options"]["bf16"] == (flag == "--bf16")

@@ -59,8 +59,8 @@ for script in (msn, pmsn, data2vec):
 ENOUGH = {  # options with which three steps move weights much more than rounding does
     simclr: "--warmup 0 --base-lr 0.02 --trust 0.1",
     vicreg: "--warmup 0 --base-lr 0.02 --trust 0.1",
-    msn: "--warmup 13 --start-lr 2e-4 --lr 1e-3",
-    pmsn: "--warmup 13 --start-lr 2e-4 --lr 1e-3 --exponent 1",
+    msn: "--warmup 13 --start-lr 2e-4 --lr 1e-3 --clip 3 --position-std 0.02",
+    pmsn: "--warmup 13 --start-lr 2e-4 --lr 1e-3 --clip 3 --position-std 0.02 --exponent 1",
     mae: "--warmup 0.05",
     data2vec: "--warmup 0.05 --ema-anneal 125 --drop-path 0.5 --jitter 0.4 0.4 0.4 0.1",
 }
