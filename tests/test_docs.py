@@ -220,6 +220,7 @@ def run_pictures(options):
     assert_equal_pictures("plates.png", ROOT / "docs/plates.png")
     for method in METHODS:
         pictures.draw_idea(method).savefig("idea.png", metadata={"Software": None})
+        pictures.plt.close()
         assert_equal_pictures("idea.png", ROOT / f"docs/{method}-idea.png")
 
 
