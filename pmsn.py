@@ -75,7 +75,8 @@ SMALL = dict(
 PLATES = SMALL | dict(
     rand_crop=[0.6, 1.0], flip=0.0, jitter=[0.8, 0.8, 0.0, 0.0], grey=0.0, blur=0.0,
     solarise=0.5, threshold=0.0, noise=0.2, standardise=True,
-    rand_views=1, output=32, position_std=0.5,
+    rand_views=1, output=32,
+    position_std=0.5,  # at 0.02 positions drown in what the stem puts out
     batch_size=1024, epochs=3, warmup=0.33, start_lr=5e-4, lr=4e-3, ema=0.95,
     clip=0.1,  # the first gradients are large, and AdamW would remember them for the whole run
 )  # fmt: skip
