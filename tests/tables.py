@@ -442,24 +442,19 @@ def folder_table(results):
 
 
 def time_table(results):
-    """How long the runs took, on one thread each unless their lines say otherwise."""
+    """How long the study's runs took, on one thread each unless their lines say otherwise."""
     groups = collections.defaultdict(list)
     for lines in results.lines.values():
         for line in lines.values():
-            script = line["command"].removeprefix("python tests/mixed.py ").split()[0]
-            groups[script.removeprefix("python ")].append(line)
+            if "tried" not in line:
+                command = line["command"].removeprefix("python ").removeprefix("tests/mixed.py ")
+                hours = [line["seconds"] / 3600, line["seconds_evaluating"] / 3600]
+                groups[f"`{command.split()[0]}`"].append(hours)
+                groups["all"].append(hours)
+    groups["all"] = groups.pop("all", [])  # the last row
     rows = []
-    for script, lines in groups.items():
-        hours = sum(line["seconds"] for line in lines) / 3600
-        evaluating = sum(line["seconds_evaluating"] for line in lines) / 3600
-        rows.append([f"`{script}`", len(lines), f"{hours:.1f}", f"{evaluating:.1f}"])
-    rows.append(
-        [
-            "all",
-            sum(row[1] for row in rows),
-            *(f"{sum(float(row[i]) for row in rows):.1f}" for i in (2, 3)),
-        ]
-    )
+    for script, found in groups.items():
+        rows.append([script, len(found), *(f"{sum(hours):.1f}" for hours in zip(*found))])
     return markdown(["script", "runs", "hours training", "hours evaluating"], rows)
 
 

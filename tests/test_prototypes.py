@@ -105,8 +105,11 @@ def test_curves_of_a_run(script, tmp_path, few_plates):
     """A panel for each quantity; with the checkpoint one more, of shares from large to small."""
     script.main([*TINY[script], "--steps", "2", "--out", str(tmp_path / "run")])
     log = tmp_path / "run/log.jsonl"
-    figure = curves.draw([log, log], ["loss", "lr"], tmp_path / "run/checkpoint.pt")
-    loss, lr, shares = figure.axes
+    options = ["--show", "loss", "lr", "--prior", str(tmp_path / "run/checkpoint.pt"), "--out", "-"]
+    options += ["--line", "lr", "0.1", "a rate", "--limits", "loss", "0", "9"]
+    loss, lr, shares = curves.draw(curves.parse_args([str(log), str(log), *options])).axes
+    assert loss.get_ylim() == (0, 9) and lr.lines[-1].get_ydata() == [0.1, 0.1]
+    assert [text.get_text() for text in lr.texts] == ["a rate"]
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     for axis, name in ((loss, "loss"), (lr, "lr")):
         assert axis.get_title() == name
