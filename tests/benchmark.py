@@ -591,11 +591,11 @@ class Row:
 
 
 GROUPS = {
-    "plates": "Training on plates, end to end: the recipe `plates` of each script, 32 pixels",
-    "files": "Training with larger views, on JPEG files of 500 x 375 pixels or plates",
-    "views": "Crops and colours alone, one thread: a call for the batch, or one for each image",
+    "plates": "Training on plates, end to end",
+    "files": "Larger views, of JPEG files (500 x 375 pixels) or plates",
+    "views": "Crops and colours alone, one thread: by the batch, or by the image",
     "data": "Sampler and data",
-    "processes": "Two processes of one thread and one process of two threads",
+    "processes": "Two processes of one thread, or one of two",
     "start": "Start-up of `python simclr.py`",
     "whole": "Whole programs",
     "ways": "Two ways of one program",
@@ -616,16 +616,16 @@ def register_rows():
         ROWS[f"plates-{name}"] = Row("plates", f"{name}.py", against_lightly(name, "", "plates", 3))
 
     sides = against_lightly("simclr", SIMCLR_224, "pictures", 6)
-    ROWS["simclr-224"] = Row("files", "SimCLR on files, small network, 224 px", sides)
+    ROWS["simclr-224"] = Row("files", "SimCLR, files, small network, 224 px", sides)
     sides = against_lightly("mae", MAE_224, "pictures", 3)
-    ROWS["mae-224"] = Row("files", "MAE on files, ViT-S/16, 224 px", sides)
+    ROWS["mae-224"] = Row("files", "MAE, files, ViT-S/16, 224 px", sides)
     sides = against_lightly("msn", MSN_64, "plates", 3)
-    ROWS["msn-64"] = Row("files", "MSN on plates, 2 views of 64 px and 10 of 32", sides)
+    ROWS["msn-64"] = Row("files", "MSN, plates, 64 px, focal 32", sides)
 
     sides = {"ours": our_crops, "torchvision": torchvision_crops}
     ROWS["crops-plates"] = Row("views", "crops of 1,024 plates", sides, threads=1)
     colours = {
-        "colours-plates": (32, 1024, "", "colours of 1,024 plates: two jitters, solarisation"),
+        "colours-plates": (32, 1024, "", "colours of 1,024 plates"),
         "colours-all": (224, 64, "--recipe paper --solarise 0.2", "all colours of 64 x 224 px"),
     }
     for row, (size, number, options, text) in colours.items():
@@ -635,7 +635,7 @@ def register_rows():
         }
         ROWS[row] = Row("views", text, sides, threads=1)
 
-    text = "Batches of 4,096 images of 960 classes, of 1,281,167 labels"
+    text = "Sampler at ImageNet's size, K = 960"
     ROWS["sampler-late"] = Row("data", text, {"ours": sampler_time}, rounds=3)
     ROWS["drawing"] = Row("data", "Drawing 150,000 plates", {"ours": drawing})
     ROWS["listing"] = Row("data", "Listing 200,000 files in 1,000 folders", {"ours": listing})
@@ -790,11 +790,9 @@ def page(results):
             machines.append(text)
     parts = [
         "# Benchmarks",
-        "`python tests/benchmark.py` measures all rows and makes this page from "
-        "[benchmarks.jsonl](benchmarks.jsonl), which has every round. "
-        f"It was made on {'; '.join(machines)}.",
-        "Numbers are medians of rounds in which the sides took turns. A ratio is the first number "
-        "by the other; in brackets the lowest and the highest of a round.",
+        "`python tests/benchmark.py` makes this page from [benchmarks.jsonl](benchmarks.jsonl), "
+        f"which has every round. Machine: {'; '.join(machines)}.",
+        "Medians of rounds in which the sides took turns, and their ratio (lowest to highest).",
     ]
     for group, title in GROUPS.items():
         lines = [results[name] for name in ROWS if name in results and ROWS[name].group == group]
@@ -809,7 +807,7 @@ def table(lines):
     first, *others = max(medians, key=len)
     head = ["what", "unit", first]
     for other in others:
-        head += [other, "ratio (min to max)"]
+        head += [other, "ratio"]
     rows = [head, ["---"] * 2 + ["---:"] * (len(head) - 2)]
     for line in lines:
         for unit, sides in line["median"].items():
