@@ -79,7 +79,7 @@ def parse_args(argv=None):
     g = p.add_argument_group("method")
     g.add_argument("--mask-ratio", type=fraction, default=0.75, help="of patches, removed")
     g.add_argument("--norm-pix-loss", action=argparse.BooleanOptionalAction, default=True,
-                   help="predict each patch less its mean, by its deviation")  # fmt: skip
+                   help="predict patches normalised by their own mean and deviation")  # fmt: skip
 
     g = p.add_argument_group("views")
     g.add_argument("--image-size", type=positive_int, default=224, help="pixels")

@@ -9,9 +9,9 @@ prototypes.png, a row of ten pictures for each `shown` prototype, and prototypes
 
 used         how many prototypes have a picture
 effective    exp of the entropy of their shares: so many prototypes, equally used, have this entropy
-adjusted     adjusted mutual information of prototype and label, in per cent: 0 by chance, however
+adjusted     adjusted mutual information of prototype and label, in percent: 0 by chance, however
              many prototypes there are, 100 if each is one value of the label
-shares       per cent of a prototype's ten nearest pictures that have the most common label among
+shares       percent of a prototype's ten nearest pictures that have the most common label among
              them, a mean over the prototypes in use
 chance       the same for ten pictures drawn at random
 shown        the pictures (indices) nearest to twelve prototypes, which are picked at even ranks of

@@ -1,7 +1,7 @@
 """Tables and figures of README and docs/results.md, from docs/results.jsonl alone.
 
 reproduce.py calls make_all after its runs. A table stands in a page between <!-- NAME --> and
-<!-- /NAME -->; what is between them is replaced. An interval is of 95 per cent, by Student's t; the
+<!-- /NAME -->; what is between them is replaced. An interval is of 95 percent, by Student's t; the
 difference of two commands is of runs with the same seeds, pair by pair. docs/plan.md says what the
 study compares, by which tests.
 """
@@ -32,7 +32,7 @@ WITH_PRIOR = ("simclr", "vicreg", "msn")
 CONTROLS = ("mae", "data2vec")
 ARMS = ("K = 960", "K = 8", "K = 8, mixed")
 SEEDS = 8
-MARGIN = 10  # per cent of what is learnt: a smaller loss of the controls counts as none
+MARGIN = 10  # percent of what is learnt: a smaller loss of the controls counts as none
 TARGETS = ("digits", "count", "size", "number", "neighbours")
 SWEEP = (2, 8, 24, 96, 384, 960)
 SWEEP_SEEDS = 4
@@ -139,7 +139,7 @@ def at(*keys):
 
 
 def top1(target):
-    """Reads the per cent right of a target, by the best feature."""
+    """Reads the percent right of a target, by the best feature."""
     return at(target, "top1")
 
 
@@ -173,12 +173,14 @@ def holm(values):
 
 
 def shares_lost(results, method, arm="K = 8", target="digits"):
-    """{seed: per cent of what K = 960 learns, beyond the untrained network, that the arm lacks}."""
+    """{seed: percent of what K = 960 learns, beyond the untrained network, that the arm lacks}. A
+    collapsed run at K = 960 has learnt nothing that could be lost: its seed is left out."""
     base = arm_command(method, "K = 960")
     many = results.numbers(base, top1(target))
+    collapsed = results.numbers(base, has_collapsed)
     untrained = results.numbers(base, top1(f"{target} untrained"))
     few = results.numbers(arm_command(method, arm), top1(target))
-    seeds = [seed for seed in many if seed in few and seed in untrained]
+    seeds = [seed for seed in many if seed in few and seed in untrained and not collapsed[seed]]
     return {seed: 100 * (many[seed] - few[seed]) / (many[seed] - untrained[seed]) for seed in seeds}
 
 
@@ -197,7 +199,15 @@ def primary(results):
             )
     for method, p in zip(found, holm([one["p"] for one in found.values()])):
         found[method]["adjusted"] = p
+        found[method]["verdict"] = verdict(**found[method])
     return found
+
+
+def verdict(difference, half, adjusted, **_):
+    """The plan's rule."""
+    if difference > 0 and adjusted < 0.05:
+        return "supported"
+    return "refuted" if difference + half < MARGIN else "undecided"
 
 
 # ---- Writing
@@ -242,22 +252,62 @@ def arms_table(results):
 
 
 def primary_table(results):
+    """By the plan; the last column is what mixing saves, pair by pair."""
+    arms = ARMS[1:]
     rows = []
     for method, one in primary(results).items():
-        lost = shares_lost(results, method).values()
-        mixed = shares_lost(results, method, arm="K = 8, mixed").values()
+        few, mixed = (shares_lost(results, method, arm) for arm in arms)
         difference = plus_minus(one["difference"], one["half"], sign=True)
-        row = [METHODS[method], len(lost), cell(lost), difference, p_value(one["p"])]
-        rows.append([*row, p_value(one["adjusted"]), cell(mixed)])
-    pooled = {
-        arm: [x for method in CONTROLS for x in shares_lost(results, method, arm).values()]
-        for arm in ARMS[1:]
-    }
+        row = [METHODS[method], len(few), cell(few.values()), difference]
+        row += [p_value(one["adjusted"]), one["verdict"], cell(paired(mixed, few), sign=True)]
+        rows.append(row)
+        collapsed = results.numbers(arm_command(method, "K = 8"), has_collapsed)
+        if any(collapsed.values()):
+            healthy = [x for seed, x in few.items() if not collapsed[seed]]
+            rows.append(["the same, not collapsed", len(healthy), cell(healthy), *[""] * 4])
     if rows:
-        few, mixed = pooled.values()
-        rows.append(["MAE and data2vec", len(few), cell(few), "", "", "", cell(mixed)])
-    header = ["method", "runs", "lost at K = 8, %", "more than the controls", "p", "p, adjusted"]
-    return markdown([*header, "lost at K = 8, mixed, %"], rows)
+        pairs = [[shares_lost(results, method, arm) for arm in arms] for method in CONTROLS]
+        pooled = [x for few, _ in pairs for x in few.values()]
+        saved = [x for few, mixed in pairs for x in paired(mixed, few)]
+        mean, half = interval(pooled, level=0.9)
+        inside = abs(mean) + half < MARGIN
+        row = ["MAE and data2vec", len(pooled), cell(pooled), f"90 %: {plus_minus(mean, half)}"]
+        row += ["", "hardly affected" if inside else "undecided", cell(saved, sign=True)]
+        rows.append(row)
+    header = ["method", "runs", "lost at K = 8, %", "more than the controls", "p, adjusted"]
+    return markdown([*header, "claim", "saved by mixing, %"], rows)
+
+
+def paper_table(results):
+    """The paper's signs beside ours, which an interval on one side of 0 decides."""
+    compared = []  # what, the paper's words, its sign, our changes
+    for target, said, sign in (
+        ("digits", "much lower", "lower"),
+        ("count", "lower", "lower"),
+        ("size", "not as the classes", None),
+    ):
+        for method in WITH_PRIOR:
+            pair = [results.numbers(arm_command(method, arm), top1(target)) for arm in ARMS[:2]]
+            compared.append([f"{METHODS[method]}, K = 8: {target}", said, sign, paired(*pair)])
+    for method in CONTROLS:
+        pair = [results.numbers(arm_command(method, arm), top1("digits")) for arm in ARMS[:2]]
+        compared.append([f"{METHODS[method]}, K = 8: digits", "hardly moved", None, paired(*pair)])
+    for data, sign in (("long-tailed", "higher"), ("balanced", "lower")):
+        base = results.numbers(prior_command("MSN", data), top1("digits"))
+        for name in ("PMSN, 0.25", "PMSN, 1"):
+            found = results.numbers(prior_command(name, data), top1("digits"))
+            compared.append([f"{name}, {data}: digits", sign, sign, paired(base, found)])
+    rows = []
+    for what, said, sign, changes in compared:
+        if len(changes) > 1:
+            mean, half = interval(changes)
+            agrees = ""
+            if sign:
+                side = "higher" if mean > 0 else "lower"
+                agrees = "agrees" if side == sign else "the opposite"
+                agrees = agrees if abs(mean) > half else "undecided"
+            rows.append([what, said, len(changes), plus_minus(mean, half, sign=True), agrees])
+    return markdown(["what", "the paper", "pairs", "here", ""], rows)
 
 
 def targets_table(results):
@@ -389,7 +439,7 @@ def priors_change_table(results):
             if any(row[2:]):
                 rows.append([*row, fisher(*collapsed)])
     columns = ["digits", "without collapsed pairs", "from cls", "without collapsed pairs"]
-    return markdown(["plates", "less MSN", *columns, "collapses, p"], rows)
+    return markdown(["plates", "change from MSN", *columns, "collapses, p"], rows)
 
 
 def fisher(first, second):
@@ -407,12 +457,12 @@ def tried_table(results):
                 last = line["last_log_line"]
                 information = last.get("information")
                 digits = line["digits"]["top1"] if "digits" in line else None
-                row = [line["tried"], f"`{line['command']}`", last["step"]]
+                row = [line["tried"], last["step"]]
                 row += [
                     "" if x is None else f"{x:.{n}f}" for x, n in ((information, 2), (digits, 1))
                 ]
                 rows.append(row)
-    return markdown(["what", "command", "updates", "information", "digits"], rows)
+    return markdown(["what", "updates", "information", "digits"], rows)
 
 
 def toy_table(results):
@@ -438,7 +488,7 @@ def folder_table(results):
             untrained = results.numbers(command, top1("class untrained"))
             row = [name, len(found), cell(found.values()), cell(untrained.values())]
             rows.append([*row, cell(paired(many, found), sign=True) if found != many else ""])
-    return markdown(["SimCLR", "seeds", "class", "untrained", "less K = 80"], rows)
+    return markdown(["SimCLR", "seeds", "class", "untrained", "change from K = 80"], rows)
 
 
 def time_table(results):
@@ -510,7 +560,7 @@ def draw_arms(results):
             axis.axhline(np.mean(list(untrained.values())), color="grey", linestyle=":")
         axis.set_title(f"{name}, n = {len(seeds)}")
         axis.tick_params(axis="x", rotation=30)
-    axes[0].set_ylabel("digits, per cent")
+    axes[0].set_ylabel("digits, percent")
     return figure
 
 
@@ -539,7 +589,7 @@ def draw_sweep(results):
         axis.set_xticks(SWEEP, SWEEP)
         axis.minorticks_off()
         axis.set_xlabel("K, distinct classes in a batch")
-    axes[0].set_ylabel("digits, per cent (dotted: untrained)")
+    axes[0].set_ylabel("digits, percent (dotted: untrained)")
     return figure
 
 
@@ -585,6 +635,7 @@ def draw_prototypes(results):
 TABLES = {
     "arms": arms_table,
     "primary": primary_table,
+    "paper": paper_table,
     "targets": targets_table,
     "features": features_table,
     "sweep": sweep_table,

@@ -28,7 +28,7 @@ def test_losses_agree_to_the_precision_of_bf16(script, few_plates, tmp_path, mon
         losses.append(torch.tensor([line["loss"] for line in log]).mean())
         assert state["options"]["bf16"] == (flag == "--bf16")
         assert (torch.bfloat16 in kinds) == (flag == "--bf16")
-    # The mean over steps: rounding moves a single loss of few images by some per cent, either way.
+    # The mean over steps: rounding moves a single loss of few images by some percent, either way.
     torch.testing.assert_close(*losses, rtol=0.015, atol=0)
     assert not torch.equal(*losses)
     assert all(x.dtype != torch.bfloat16 for x in state["encoder"].values())

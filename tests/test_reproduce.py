@@ -227,6 +227,8 @@ def test_intervals_and_pairs():
 def test_holm_and_collapses():
     np.testing.assert_allclose(tables.holm([0.01, 0.04, 0.03]), [0.03, 0.06, 0.06])
     np.testing.assert_allclose(tables.holm([0.5, 0.001, 0.9]), [1, 0.003, 1])
+    assert tables.verdict(20, 5, 0.001) == "supported" and tables.verdict(4, 5, 0.1) == "refuted"
+    assert tables.verdict(8, 9, 0.06) == "undecided" and tables.verdict(-20, 5, 0.001) == "refuted"
     assert tables.has_collapsed(dict(last_log_line=dict(information=0.01)))
     assert not tables.has_collapsed(dict(last_log_line=dict(information=2.0)))
     assert not tables.has_collapsed(dict(last_log_line=dict(loss=0.0)))
@@ -234,7 +236,7 @@ def test_holm_and_collapses():
 
 def planted():
     """Results of which all is known. Untrained 40, K = 960 learns 50; at K = 8 SimCLR loses 20 to
-    27 per cent of it, the controls 0 to 7, mixed nobody anything."""
+    27 percent of it, the controls 0 to 7, mixed nobody anything."""
     lines = []
     for method, arm, seed in itertools.product(tables.METHODS, tables.ARMS, range(8)):
         lost = 0.01 * seed + 0.2 * (method == "simclr") if arm == "K = 8" else 0
@@ -265,8 +267,12 @@ def test_the_primary_outcome_of_planted_numbers():
     assert found["simclr"]["adjusted"] == pytest.approx(3 * p)
     assert found["msn"]["p"] == pytest.approx(1) and found["msn"]["adjusted"] == 1
     table = tables.primary_table(results)
-    assert f"| SimCLR | 8 | 23.5 ± 2.0 | +20.0 ± {half:.1f} | < 0.001 | < 0.001 |" in table
-    assert "| MAE and data2vec | 16 | 3.5 ± 1.3 |" in table
+    supported = "< 0.001 | supported"
+    assert f"| SimCLR | 8 | 23.5 ± 2.0 | +20.0 ± {half:.1f} | {supported} | +23.5 ± 2.0 |" in table
+    assert "| MAE and data2vec | 16 | 3.5 ± 1.3 | 90 %: 3.5 ± 1.0 |  | hardly affected |" in table
+    paper = tables.paper_table(results)
+    assert "| SimCLR, K = 8: digits | much lower | 8 | -11.8 ± 1.0 | agrees |" in paper
+    assert "| MAE, K = 8: digits | hardly moved | 8 | -1.8 ± 1.0 |  |" in paper
     arms = tables.arms_table(results)
     assert "| SimCLR | 8 | 40.0 ± 0.0 | 90.0 ± 0.0 | 78.2 ± 1.0 | 90.0 ± 0.0 | 24 ± 2 |" in arms
     assert "| all | 120 | 120.0 | 12.0 |" in tables.time_table(results)

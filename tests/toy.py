@@ -9,7 +9,7 @@ exponent 2, as the prior does with --exponent 2 (0: uniform, MSN's). So a union 
 one prior by a, the other by b. Either digit is given as a code, which makes them equally easy, or,
 with --plates, the number is a picture, and an image's two views are of one drawing of it or of two.
 
-The result is what prototypes tell of a and of b on balanced new data, in per cent of its entropy,
+The result is what prototypes tell of a and of b on balanced new data, in percent of its entropy,
 and the mean loss of the last tenth of the steps: printed, and written to --out as JSON.
 """
 
@@ -131,7 +131,7 @@ def run(args):
 
 
 def told(prototype, label):
-    """What prototypes (N,) tell of a label (N,), in per cent of its entropy."""
+    """What prototypes (N,) tell of a label (N,), in percent of its entropy."""
     return 100 * max(float(mutual_info_score(prototype, label)), 0.0) / entropy(np.bincount(label))
 
 
