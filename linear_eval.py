@@ -738,6 +738,7 @@ def new_encoder(options):
             stem=options.get("stem", ()),
             layer_scale=options.get("layer_scale"),
             relative=options["script"] == "data2vec",
+            position_std=options.get("position_std", 0.02),
         )
         encoder.apply(functools.partial(initialise_as, options["script"]))
     encoder.options = options
@@ -788,10 +789,20 @@ class AnyViT(nn.Module):
 
     stem: channels of convolutions; empty: none. layer_scale: a number by which branches are scaled
     at first, or None. relative: BEiT's one relative position bias for all blocks, or else absolute
-    positions. images (B, 3, H, W) -> representations (B, D): the cls token after the final norm."""
+    positions, of deviation position_std at first. images (B, 3, H, W) -> representations (B, D):
+    the cls token after the final norm."""
 
     def __init__(
-        self, image_size, patch_size, dim, depth, heads, stem=(), layer_scale=None, relative=False
+        self,
+        image_size,
+        patch_size,
+        dim,
+        depth,
+        heads,
+        stem=(),
+        layer_scale=None,
+        relative=False,
+        position_std=0.02,
     ):
         super().__init__()
         grid = image_size // patch_size
@@ -808,7 +819,7 @@ class AnyViT(nn.Module):
             self.rel_pos_bias.relative_position_bias_table = nn.Parameter(table)
             self.register_buffer("index", bias_index(grid), persistent=False)
         else:
-            self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + grid**2, dim))
+            self.pos_embed = nn.Parameter(position_std * torch.randn(1, 1 + grid**2, dim))
 
     def tokens(self, images):
         """-> outputs (B, 1 + N, D) of the last four blocks, before the final norm."""
@@ -1090,7 +1101,7 @@ def subset(choice, classes, seed):
     return order[place < number[classes[order]]].sort().values
 
 
-# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
+# ======== Plumbing. Nothing below is about the method; scripts share it to the letter.
 # ---- Options
 def fail(message):
     """Wrong input: one line on stderr, exit status 2. The first process of a machine speaks; the

@@ -105,7 +105,7 @@ def parse_args(argv=None):
     g.add_argument("--prior", type=os.path.expanduser, help="file of K weights to use instead")
     g.add_argument("--sinkhorn", action=argparse.BooleanOptionalAction, default=False,
                    help="balance the targets over prototypes")  # fmt: skip
-    g.add_argument("--ema", type=fraction, default=0.996, help="of the target at first; rises to 1")
+    g.add_argument("--ema", type=fraction, default=0.996, help="of the target at first; rises")
 
     g = p.add_argument_group("views")
     g.add_argument("--image-size", type=positive_int, default=224, help="full-size views, pixels")
@@ -347,8 +347,8 @@ def parameter_groups(model):
 def schedule(step, epoch_steps, args):
     """Learning rate, weight decay and EMA of update `step` (from 0).
 
-    As in the official code all are stretched to 1.25 times the run, so that none reaches its end,
-    and the first two are advanced before the update."""
+    As in the official code they last for 1.25 times the run, so that none reaches its end, and the
+    first two are advanced before the update."""
     run_steps = args.epochs * epoch_steps
     horizon = int(1.25 * run_steps)
     warmup = int(args.warmup * epoch_steps)
@@ -671,7 +671,7 @@ def main(argv=None):
         train(args, device)
 
 
-# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
+# ======== Plumbing. Nothing below is about the method; scripts share it to the letter.
 # ---- Options
 def fail(message):
     """Wrong input: one line on stderr, exit status 2. The first process of a machine speaks; the

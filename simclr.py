@@ -502,7 +502,7 @@ def main(argv=None):
         train(args, device)
 
 
-# ======== Plumbing: the same, to the letter, in every script. Nothing below is about the method.
+# ======== Plumbing. Nothing below is about the method; scripts share it to the letter.
 # ---- Options
 def fail(message):
     """Wrong input: one line on stderr, exit status 2. The first process of a machine speaks; the

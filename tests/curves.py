@@ -99,7 +99,8 @@ def draw(args):
         axes[0, -1].legend(frameon=False)
     for axis in axes[0]:
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside upper left", ncols=len(logs), frameon=False)
     return figure
 
 

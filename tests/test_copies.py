@@ -31,10 +31,7 @@ PUBLIC = {"load_encoder", "read_image", "clevr_count", "clevr_dist", "kitti_dist
 
 TITLES = ["Recipe", "Loss", "Model", "Optimiser and schedule", "Views", "Training"]
 METHOD = [f"# ---- {number}. {title}" for number, title in enumerate(TITLES, 1)]
-BANNER = (
-    "# ======== Plumbing: the same, to the letter, in every script. "
-    "Nothing below is about the method."
-)
+BANNER = "# ======== Plumbing. Nothing below is about the method; scripts share it to the letter."
 EVALUATION = [BANNER, "# ---- Options", "# ---- Data", "# ---- Processes"]  # linear_eval.py's
 PLUMBING = [*EVALUATION, "# ---- A run in its folder"]
 

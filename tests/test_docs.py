@@ -38,7 +38,8 @@ README = PAGES["README.md"]
 SCRIPTS = {f"{name}.py": script for name, script in METHODS.items()}
 SIZES = dict(plates=(1000, 150), cifar10=(10, 5000), cifar100=(100, 500))  # classes, images each
 SIZES |= dict(IMAGENET=(1000, 1200), INATURALIST=(8142, 54), EMOJI=(88, 106))
-FOLDERS = ("IMAGENET", "INATURALIST", "EMOJI", "CLEVR_v1.0")  # test_linear_eval.py has CLEVR's own layout
+# test_linear_eval.py has CLEVR's own layout.
+FOLDERS = ("IMAGENET", "INATURALIST", "EMOJI", "CLEVR_v1.0")
 
 
 def blocks(page, language):

@@ -415,7 +415,7 @@ def test_untrained_encoders_have_the_initial_distribution(script):
             for layer in ("attn.proj", "mlp.fc2"):
                 own[f"blocks.{i}.{layer}.weight"] *= (2 * i + 2) ** 0.5
     else:
-        sizes |= dict(stem=[48, 64, 96], patch_size=4)
+        sizes |= dict(stem=[48, 64, 96], patch_size=4, position_std=0.5)
         own = msn.VisionTransformer(**sizes).state_dict()
     control = linear_eval.new_encoder(sizes | dict(script=script, seed=0)).state_dict()
     assert own.keys() == control.keys()
