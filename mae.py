@@ -190,8 +190,9 @@ class MAE(nn.Module):
         self.apply(initialise)
 
     def forward(self, images, mask_ratio=0.75, noise=None):
-        """images (B, 3, H, W), normalised; noise (B, N): the patches of the smallest are kept;
-        None: uniform. Returns the loss; pred (B, N, 3 * p * p); mask (B, N), 1: removed."""
+        """images (B, 3, H, W), normalised; noise (B, N): patches of the smallest are kept, as many
+        as the ratio leaves, rounded down; None: uniform. Returns the loss; pred (B, N, 3 * p * p);
+        mask (B, N), 1: removed."""
         N = self.pos_embed.shape[1] - 1
         if noise is None:
             noise = torch.rand(len(images), N, device=images.device)

@@ -190,6 +190,7 @@ def msn_loss(
 ):  # fmt: skip
     """Eq. 1 of MSN. anchors (V*B, D), view-major; targets (B, D); prototypes (K, D).
 
+    Targets are labels, without gradient: sharpened and, with sinkhorn, balanced over prototypes.
     Returns (loss, cross_entropy, me_max), in nats. cross_entropy is this process's mean, which DDP
     averages; me_max = KL(mean prediction || uniform) >= 0 is over the anchors of all processes."""
     tiny = torch.finfo(prototypes.dtype).tiny

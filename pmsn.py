@@ -193,6 +193,7 @@ def pmsn_loss(
 ):  # fmt: skip
     """Eq. 1, any prior (K,). anchors (V*B, D), view-major; targets (B, D); prototypes (K, D).
 
+    Targets are labels, without gradient: sharpened and, with sinkhorn, balanced over prototypes.
     Returns (loss, cross_entropy, kl), in nats. cross_entropy is this process's mean, which DDP
     averages; kl = KL(mean prediction || prior) >= 0 is over the anchors of all processes."""
     tiny = torch.finfo(prototypes.dtype).tiny

@@ -115,7 +115,8 @@ def parse_args(argv=None):
 
 # ---- 2. Loss
 def nt_xent_loss(z1, z2, temperature=0.1):
-    """NT-Xent, Eq. 1. Embeddings of two views, z1 and z2 (B, D), of any length -> scalar, nats.
+    """NT-Xent, Eq. 1. Embeddings of two views, z1 and z2 (B, D), of any length -> scalar, nats, in
+    float32 at least.
 
     The mean over this process's 2B anchors, each against the 2N - 1 other embeddings of all
     processes. Its mean over processes is the paper's loss; the official code's is twice that."""

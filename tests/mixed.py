@@ -53,6 +53,7 @@ class MixedBatchSampler(sampler.KClassBatchSampler):
 
 def main(argv):
     name, *options = argv
+    sys.path.insert(0, str(Path(name).resolve().parent))  # of this file, not of its namesake
     script = importlib.import_module(Path(name).stem)
     script.KClassBatchSampler = MixedBatchSampler
     script.main(options)

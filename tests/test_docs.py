@@ -276,6 +276,7 @@ def test_other_commands(command, request, tmp_path, monkeypatch):
     else:
         assert first in ("mkdir", "cp") or command in commands_of("README.md")  # see the next test
         if first in ("mkdir", "cp"):
+            shutil.copy(ROOT / "linear_eval.py", ".")
             shutil.copytree(ROOT / "tests", "tests", ignore=shutil.ignore_patterns("__*"))
             Path(words[-1]).mkdir(parents=True, exist_ok=first == "cp")
             subprocess.run([first, *words], check=True)
@@ -381,7 +382,7 @@ def test_readme_leads_to_every_page():
 def test_options_in_pages_exist(capsys):
     """Those of each script's --help, of the programs in tests/, of torchrun and Slurm."""
     known = options_in("--nproc_per_node --nnodes --rdzv_backend --rdzv_endpoint --max-restarts")
-    known |= {"--nodes", "--ntasks-per-node"}
+    known |= {"--nodes", "--ntasks-per-node", "--gpus-per-node"}
     for script in (*SCRIPTS.values(), linear_eval):
         with pytest.raises(SystemExit, match="0"):
             script.parse_args(["--help"])
