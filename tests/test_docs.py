@@ -261,6 +261,11 @@ TOOLS = {  # programs in tests/ that pages call: what is done with a command's o
 }
 
 
+def test_the_picture_of_views_is_of_the_default_run(tmp_path):
+    METHODS["simclr"].main(["--steps", "1", "--out", str(tmp_path)])
+    assert_equal_pictures(tmp_path / "views.png", ROOT / "docs/views.png")
+
+
 @pytest.mark.parametrize("command", OTHERS)
 def test_other_commands(command, request, tmp_path, monkeypatch):
     if "pictures" not in command:  # which has all plates
