@@ -321,6 +321,14 @@ def test_tables_of_the_pages_are_those_of_the_results(page):
     assert tables.fill(text, tables.Results(more)) != text
 
 
+def test_readme_shows_the_evaluation_of_the_default_run():
+    line = tables.Results(RESULTS).lines["simclr.py"][0]
+    digits = " ".join(f"{x:.1f}" for x in line["digits"]["targets"])
+    shown = f"plates digits: {line['digits']['top1']:.1f} ({digits})"
+    shown += f", untrained {line['digits untrained']['top1']:.1f} ->"
+    assert shown in (reproduce.ROOT / "README.md").read_text()
+
+
 @pytest.mark.parametrize("name", tables.FIGURES)
 def test_figures_are_those_of_the_results(name, tmp_path):
     """Pixel by pixel, but for what another version of matplotlib draws elsewhere."""
