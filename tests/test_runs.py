@@ -59,8 +59,8 @@ for script in (msn, pmsn, data2vec):
 ENOUGH = {  # options with which three steps move weights much more than rounding does
     simclr: "--warmup 0 --base-lr 0.02 --trust 0.1",
     vicreg: "--warmup 0 --base-lr 0.02 --trust 0.1",
-    msn: "--warmup 13 --start-lr 2e-4 --lr 1e-3 --clip 3 --position-std 0.02",
-    pmsn: "--warmup 13 --start-lr 2e-4 --lr 1e-3 --clip 3 --position-std 0.02 --exponent 1",
+    msn: "--warmup 13 --start-lr 5e-5 --lr 2.5e-4 --clip 3 --position-std 0.02",
+    pmsn: "--warmup 13 --start-lr 5e-5 --lr 2.5e-4 --clip 3 --position-std 0.02 --exponent 1",
     mae: "--warmup 0.05",
     data2vec: "--warmup 0.05 --ema-anneal 125 --drop-path 0.5 --jitter 0.4 0.4 0.4 0.1",
 }
@@ -89,7 +89,7 @@ def test_two_processes_equal_one_and_continue_as_one(script, few_plates, tmp_pat
 
 def test_two_processes_equal_one_on_files(pictures, tmp_path):
     """Their crops are drawn image by image."""
-    options = "--steps", 3, "--warmup", 400, "--start-lr", 2e-4
+    options = "--steps", 3, "--warmup", 400, "--start-lr", 5e-5
     line = on_pictures(msn, pictures, tmp_path / "two", *options)
     assert together(msn, [line] * 2, tmp_path / "process")[1] == [0, 0]
     msn.main(on_pictures(msn, pictures, tmp_path / "one", *options))
@@ -112,7 +112,7 @@ def assert_same_weights_up_to_rounding(script, two, one):
                 if weight.ndim > 1 or "running_var" in name:
                     assert (other - weight).norm() < 1e-4 * weight.norm(), name
                 else:  # where gradients are rounding, AdamW makes steps of them
-                    atol = 2 * two["step"] * 2.1e-4
+                    atol = 2 * two["step"] * 5.3e-5
                     torch.testing.assert_close(other, weight, rtol=0, atol=atol)
             elif script is data2vec or not name.endswith("qkv.bias"):  # the keys' is rounding
                 torch.testing.assert_close(other, weight, rtol=0, atol=1e-5)
