@@ -321,6 +321,23 @@ def test_tables_of_the_pages_are_those_of_the_results(page):
     assert tables.fill(text, tables.Results(more)) != text
 
 
+def test_findings_quote_rows_of_the_tables_that_they_link_to():
+    page = (reproduce.DOCS / "results.md").read_text()
+    sections = {}
+    for section in re.split(r"^## ", page, flags=re.M)[1:]:
+        heading = re.sub(r"[^\w ]", "", section.partition("\n")[0].lower())
+        rows = re.findall(r"^\|.*", section, re.M)
+        sections[heading.replace(" ", "-")] = "\n".join(rows)
+    findings = re.findall(r"^\d\. (.*?)(?=^\d\. |^\n)", page, re.M | re.S)
+    assert len(findings) == 5
+    for finding in findings:
+        tables_of_it = [sections[anchor] for anchor in re.findall(r"\(#([\w-]+)\)", finding)]
+        numbers = re.findall(r"[+-]?\d+\.\d+ ± \d+\.\d+", " ".join(finding.split()))
+        assert numbers
+        for number in numbers:
+            assert any(f" {number} " in rows for rows in tables_of_it), number
+
+
 def test_readme_shows_the_evaluation_of_the_default_run():
     line = tables.Results(RESULTS).lines["simclr.py"][0]
     digits = " ".join(f"{x:.1f}" for x in line["digits"]["targets"])
