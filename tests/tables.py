@@ -363,15 +363,18 @@ def features_table(results):
 
 
 def sweep_table(results):
-    rows = []
-    for k in SWEEP:
-        row = [k]
-        for method in ("simclr", "msn"):
-            found = results.numbers(arm_command(method, f"K = {k}"), top1("digits"))
+    """Digits at each K, and their same-seed change from the next larger K."""
+    columns = ["K"]
+    rows = [[k] for k in SWEEP]
+    for method in ("simclr", "msn"):
+        columns += [f"{METHODS[method]}: digits (seeds)", "change from the next row"]
+        larger = {}  # of the next larger K, which is the row below
+        for row in reversed(rows):
+            found = results.numbers(arm_command(method, f"K = {row[0]}"), top1("digits"))
             row.append(f"{cell(found.values())} ({len(found)})" if found else "")
-        if any(row[1:]):
-            rows.append(row)
-    return markdown(["K", "SimCLR: digits (seeds)", "MSN: digits (seeds)"], rows)
+            row.append(cell(paired(larger, found), sign=True))
+            larger = found
+    return markdown(columns, [row for row in rows if any(row[1:])])
 
 
 def distances_table(results):
