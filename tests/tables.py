@@ -8,6 +8,7 @@ study compares, by which tests.
 
 import collections
 import functools
+import itertools
 import json
 import operator
 import re
@@ -53,6 +54,12 @@ PRIORS = {
     "MSN, no Sinkhorn": "msn.py --no-sinkhorn",
     "PMSN, 1, no Sinkhorn": "pmsn.py --exponent 1 --no-sinkhorn",
 }
+# Of PRIORS, (first, second): all against MSN; and the prior, all else being alike.
+PAIRS = [
+    *(("MSN", name) for name in [*PRIORS][1:]),
+    (f"MSN, {FEWER} prototypes", "PMSN, 1"),
+    ("MSN, no Sinkhorn", "PMSN, 1, no Sinkhorn"),
+]
 FORMS = {  # of the toy
     "codes, noise 0.3": "--noise 0.3",
     "codes, noise 0.5": "--noise 0.5",
@@ -401,19 +408,23 @@ def class_ratio(line):
 
 
 def doses_table(results):
+    """Digits by dose; the last column is by how much less is lost than with the recipe's own."""
     rows = []
     for method, (option, values) in DOSES.items():
+        changes = []  # by dose, {seed: K = 8 less K = 960}
         for value in values:
             many, few = (
                 results.numbers(dose_command(method, value, arm), top1("digits"), DOSE_SEEDS)
                 for arm in ARMS[:2]
             )
-            change = paired(many, few)
+            change = {seed: few[seed] - many[seed] for seed in many if seed in few}
+            changes.append(change)
             if change:
                 row = [METHODS[method], f"`{option} {value}`", len(change)]
-                row += [cell(many.values()), cell(few.values()), cell(change, sign=True)]
-                rows.append(row)
-    return markdown(["method", "dose", "seeds", *ARMS[:2], "change"], rows)
+                row += [cell(numbers.values()) for numbers in (many, few)]
+                saved = paired(changes[0], change) if len(changes) > 1 else []
+                rows.append([*row, cell(change.values(), sign=True), cell(saved, sign=True)])
+    return markdown(["method", "dose", "seeds", *ARMS[:2], "change", "from the first dose"], rows)
 
 
 PRIOR_COLUMNS = {
@@ -440,30 +451,25 @@ def priors_table(results):
 
 
 def priors_change_table(results):
-    """Each against MSN on the same data: digits with and without pairs of which one collapsed, and
-    Fisher's test of the numbers of collapses."""
+    """By pairs of methods on the same data: digits with and without seeds of which a run collapsed,
+    and Fisher's test of the numbers of collapses."""
     rows = []
-    for data in DATA:
-        base = prior_command("MSN", data)
-        for name in [*PRIORS][1:]:
-            command = prior_command(name, data)
-            collapsed = [results.numbers(one, has_collapsed) for one in (base, command)]
-            row = [data, name]
-            for target in ("digits", "from cls"):
-                pair = [results.numbers(one, PRIOR_COLUMNS[target]) for one in (base, command)]
-                healthy = [
-                    {
-                        seed: x
-                        for seed, x in numbers.items()
-                        if not any(c.get(seed) for c in collapsed)
-                    }
-                    for numbers in pair
-                ]
-                row += [cell(paired(*pair), sign=True), cell(paired(*healthy), sign=True)]
-            if any(row[2:]):
-                rows.append([*row, fisher(*collapsed)])
+    for data, pair in itertools.product(DATA, PAIRS):
+        commands = [prior_command(name, data) for name in pair]
+        collapsed = [results.numbers(command, has_collapsed) for command in commands]
+        collapsed_seeds = {seed for runs in collapsed for seed, did in runs.items() if did}
+        row = [data, *reversed(pair)]
+        for target in ("digits", "from cls"):
+            found = [results.numbers(command, PRIOR_COLUMNS[target]) for command in commands]
+            healthy = [
+                {seed: x for seed, x in numbers.items() if seed not in collapsed_seeds}
+                for numbers in found
+            ]
+            row += [cell(paired(*found), sign=True), cell(paired(*healthy), sign=True)]
+        if any(row[3:]):
+            rows.append([*row, fisher(*collapsed)])
     columns = ["digits", "without collapsed pairs", "from cls", "without collapsed pairs"]
-    return markdown(["plates", "change from MSN", *columns, "collapses, p"], rows)
+    return markdown(["plates", "method", "change from", *columns, "collapses, p"], rows)
 
 
 def fisher(first, second):

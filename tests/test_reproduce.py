@@ -292,9 +292,9 @@ def test_the_primary_outcome_of_planted_numbers():
 def test_collapses_are_counted_and_told_apart():
     """Of MSN's eight long-tailed runs four collapse and are 30 points lower; of PMSN's none."""
     lines = []
-    for name, seed in itertools.product(("MSN", "PMSN, 1"), range(8)):
+    for name, seed in itertools.product(("MSN", "MSN, 75 prototypes", "PMSN, 1"), range(8)):
         collapsed = name == "MSN" and seed < 4
-        digits = dict(top1=70.0 - 30 * collapsed, features=dict(cls=60.0))
+        digits = dict(top1=70.0 - 30 * collapsed, features=dict(cls=60.0 + 2 * (name == "PMSN, 1")))
         lines.append(
             dict(
                 command=f"python {tables.prior_command(name, 'long-tailed')} --seed {seed}",
@@ -307,8 +307,23 @@ def test_collapses_are_counted_and_told_apart():
     assert "| long-tailed | MSN | 4 of 8 |" in tables.priors_table(results)
     p = stats.fisher_exact([[4, 4], [0, 8]]).pvalue
     table = tables.priors_change_table(results)
-    assert "| long-tailed | PMSN, 1 | +15.0 ± 13.4 | +0.0 ± 0.0 |" in table
-    assert f"| {p:.3f} |" in table
+    equal = "+0.0 ± 0.0"
+    better = "+2.0 ± 0.0 | +2.0 ± 0.0"
+    assert f"| PMSN, 1 | MSN | +15.0 ± 13.4 | {equal} | {better} | {p:.3f} |" in table
+    assert f"| PMSN, 1 | MSN, 75 prototypes | {equal} | {equal} | {better} | 1.000 |" in table
+
+
+def test_doses_are_compared_seed_by_seed():
+    """The recipe loses 20 points at each seed, the second dose 10, 11 and 12."""
+    lines = []
+    for seed in range(3):
+        for value, many, few in ((0.1, 90 + seed, 70 + seed), (0.2, 80, 70 - seed)):
+            for arm, top1 in (("K = 960", many), ("K = 8", few)):
+                command = f"python {tables.dose_command('simclr', value, arm)} --seed {seed}"
+                lines.append(dict(command=command, seed=seed, digits=dict(top1=top1)))
+    table = tables.doses_table(tables.Results(lines))
+    assert "| `--temperature 0.1` | 3 | 91.0 ± 2.5 | 71.0 ± 2.5 | -20.0 ± 0.0 |  |" in table
+    assert "| 80.0 ± 0.0 | 69.0 ± 2.5 | -11.0 ± 2.5 | +9.0 ± 2.5 |" in table
 
 
 # ---- The pages
