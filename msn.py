@@ -593,9 +593,10 @@ def msn_step(model, target, optimizer, target_view, anchor_views, keep, rates, a
         args.sinkhorn,
     )  # fmt: skip
     with torch.no_grad():  # before the update, for the log
-        p = log_assignment(anchors, prototypes, args.temperature).exp()
+        p = log_assignment(anchors, prototypes, args.temperature).exp()  # (V*B, K)
         mean_p = all_reduce_mean(p.mean(dim=0))  # (K,)
-        entropy = -torch.special.xlogy(mean_p, mean_p).sum()  # of the mean prediction
+        entropy = torch.special.entr(mean_p).sum()  # of the mean prediction
+        own_entropy = torch.special.entr(p).sum(dim=1).mean()  # of a prediction
 
     optimizer.zero_grad()
     loss.backward()
@@ -609,7 +610,7 @@ def msn_step(model, target, optimizer, target_view, anchor_views, keep, rates, a
         cross_entropy=cross_entropy,
         me_max=me_max,
         entropy=entropy,
-        information=entropy - cross_entropy,  # of a prediction about its image; 0: collapse
+        information=entropy - own_entropy,  # of prototype and view, mutual; 0: collapse
         gradient_norm=gradient_norm,
     )
 

@@ -596,9 +596,10 @@ def pmsn_step(model, target, optimizer, target_view, anchor_views, keep, prior, 
         args.sinkhorn,
     )  # fmt: skip
     with torch.no_grad():  # before the update, for the log
-        p = log_assignment(anchors, prototypes, args.temperature).exp()
+        p = log_assignment(anchors, prototypes, args.temperature).exp()  # (V*B, K)
         mean_p = all_reduce_mean(p.mean(dim=0))  # (K,)
-        entropy = -torch.special.xlogy(mean_p, mean_p).sum()  # of the mean prediction
+        entropy = torch.special.entr(mean_p).sum()  # of the mean prediction
+        own_entropy = torch.special.entr(p).sum(dim=1).mean()  # of a prediction
 
     optimizer.zero_grad()
     loss.backward()
@@ -612,7 +613,7 @@ def pmsn_step(model, target, optimizer, target_view, anchor_views, keep, prior, 
         cross_entropy=cross_entropy,
         kl=kl,
         entropy=entropy,
-        information=entropy - cross_entropy,  # of a prediction about its image; 0: collapse
+        information=entropy - own_entropy,  # of prototype and view, mutual; 0: collapse
         gradient_norm=gradient_norm,
     )
 

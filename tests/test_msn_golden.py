@@ -258,12 +258,26 @@ def test_metrics_are_those_of_the_mean_prediction_before_the_update():
     _, metrics = small_update(model, target, optimizer)
     (anchors,) = outputs
     cosine = torch.cosine_similarity(anchors.detach()[:, None], prototypes, dim=2)
-    usage = (cosine / 0.1).softmax(dim=1).mean(dim=0)
+    p = (cosine / 0.1).softmax(dim=1)
+    usage = p.mean(dim=0)
     entropy = -(usage * usage.log()).sum()
     torch.testing.assert_close(metrics["entropy"], entropy)
     torch.testing.assert_close(metrics["me_max"], math.log(12) - entropy)
-    torch.testing.assert_close(metrics["information"], entropy - metrics["cross_entropy"])
+    divergence = (p * (p / usage).log()).sum(dim=1).mean()  # of a prediction from the mean
+    torch.testing.assert_close(metrics["information"], divergence)
     assert not metrics["entropy"].requires_grad
+
+
+def test_information_is_0_when_all_images_have_one_prediction():
+    """Also one that is not flat: there sharpened targets have a cross-entropy below the entropy."""
+    model, target, optimizer = small_model()
+    with torch.no_grad():
+        for network in (model, target):
+            network.projector[-1].weight.zero_()
+            network.projector[-1].bias.copy_(network.prototypes[3])
+    _, metrics = small_update(model, target, optimizer, sinkhorn=False)
+    assert metrics["information"].abs() < 1e-12
+    assert metrics["entropy"] - metrics["cross_entropy"] > 0.1
 
 
 def test_target_uses_batch_statistics_and_keeps_its_own():
