@@ -151,9 +151,8 @@ def top1(target):
 
 
 def has_collapsed(line):
-    """By the plan, at the end a prediction tells nothing of its image; or all have one prototype."""
-    tells_nothing = line["last_log_line"].get("information", np.inf) < 0.02
-    return tells_nothing or line.get("prototypes", {}).get("used") == 1
+    """The plan's rule: at the end a prediction tells nothing of its image."""
+    return line["last_log_line"].get("information", np.inf) < 0.02
 
 
 # ---- Statistics

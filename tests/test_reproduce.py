@@ -241,9 +241,6 @@ def test_holm_and_collapses():
     assert tables.has_collapsed(dict(last_log_line=dict(information=0.01)))
     assert not tables.has_collapsed(dict(last_log_line=dict(information=2.0)))
     assert not tables.has_collapsed(dict(last_log_line=dict(loss=0.0)))
-    for used in (1, 2):
-        line = dict(last_log_line=dict(information=2.0), prototypes=dict(used=used))
-        assert tables.has_collapsed(line) == (used == 1)
 
 
 def planted():
