@@ -610,7 +610,7 @@ def msn_step(model, target, optimizer, target_view, anchor_views, keep, rates, a
         cross_entropy=cross_entropy,
         me_max=me_max,
         entropy=entropy,
-        information=entropy - own_entropy,  # of prototype and view, mutual; 0: collapse
+        information=entropy - own_entropy,  # between view and prototype; 0: collapse
         gradient_norm=gradient_norm,
     )
 

@@ -613,7 +613,7 @@ def pmsn_step(model, target, optimizer, target_view, anchor_views, keep, prior, 
         cross_entropy=cross_entropy,
         kl=kl,
         entropy=entropy,
-        information=entropy - own_entropy,  # of prototype and view, mutual; 0: collapse
+        information=entropy - own_entropy,  # between view and prototype; 0: collapse
         gradient_norm=gradient_norm,
     )
 

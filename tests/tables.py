@@ -54,7 +54,7 @@ PRIORS = {
     "MSN, no Sinkhorn": "msn.py --no-sinkhorn",
     "PMSN, 1, no Sinkhorn": "pmsn.py --exponent 1 --no-sinkhorn",
 }
-# Of PRIORS, (first, second): all against MSN; and the prior, all else being alike.
+# What is compared: all with MSN; exponent 1 with as few prototypes, and both without Sinkhorn.
 PAIRS = [
     *(("MSN", name) for name in [*PRIORS][1:]),
     (f"MSN, {FEWER} prototypes", "PMSN, 1"),
@@ -151,7 +151,10 @@ def top1(target):
 
 
 def has_collapsed(line):
-    """The plan's rule: at the end a prediction tells nothing of its image."""
+    """The plan's rule: at the end a prediction tells nothing of its image.
+
+    Early lines of runs with Sinkhorn have the entropy less the cross-entropy as `information`: if
+    all images get one prediction, balanced targets are uniform, and it is not above 0 either."""
     return line["last_log_line"].get("information", np.inf) < 0.02
 
 

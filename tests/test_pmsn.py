@@ -214,15 +214,13 @@ def test_a_run_follows_its_prior(few_plates, tmp_path):
 
 def test_a_run_with_a_uniform_prior_is_msns(few_plates, tmp_path):
     """To the bit, weights and log."""
-    states, logs = zip(
-        *[
-            run(script, tmp_path / script.__name__, *options, "--steps=3", "--log-every=1")
-            for script, options in ((pmsn, ["--exponent=0"]), (msn, []))
-        ]
-    )
-    for name, weight in states[0]["encoder"].items():
-        assert torch.equal(weight, states[1]["encoder"][name]), name
-    for ours, theirs in zip(*logs):
+    options = ["--steps=3", "--log-every=1"]
+    state, log = run(pmsn, tmp_path / "pmsn", "--exponent=0", *options)
+    msn_state, msn_log = run(msn, tmp_path / "msn", *options)
+    for name, weight in state["encoder"].items():
+        assert torch.equal(weight, msn_state["encoder"][name]), name
+    assert len(log) == len(msn_log) == 3
+    for line, msn_line in zip(log, msn_log):
         for name in ("loss", "cross_entropy", "entropy", "information", "gradient_norm"):
-            assert ours[name] == theirs[name], name
-        assert ours["kl"] == theirs["me_max"]
+            assert line[name] == msn_line[name], name
+        assert line["kl"] == msn_line["me_max"]
