@@ -8,7 +8,6 @@ study compares, by which tests.
 
 import collections
 import functools
-import itertools
 import json
 import operator
 import re
@@ -258,6 +257,12 @@ def p_value(p):
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
+def grouped(rows):
+    """A first cell that the row above has too is left empty."""
+    above = [None] + [row[0] for row in rows]
+    return [["" if row[0] == first else row[0], *row[1:]] for first, row in zip(above, rows)]
+
+
 def markdown(header, rows):
     if not rows:
         return "*No runs yet.*"
@@ -318,10 +323,10 @@ def paper_table(results):
     ):
         for method in WITH_PRIOR:
             pair = [results.numbers(arm_command(method, arm), top1(target)) for arm in ARMS[:2]]
-            compared.append([f"{METHODS[method]}, K = 8: {target}", said, sign, paired(*pair)])
+            compared.append([f"{METHODS[method]}: {target}", said, sign, paired(*pair)])
     for method in CONTROLS:
         pair = [results.numbers(arm_command(method, arm), top1("digits")) for arm in ARMS[:2]]
-        compared.append([f"{METHODS[method]}, K = 8: digits", "hardly moved", None, paired(*pair)])
+        compared.append([f"{METHODS[method]}: digits", "hardly moved", None, paired(*pair)])
     for data, sign in (("long-tailed", "higher"), ("balanced", "lower")):
         base = results.numbers(prior_command("MSN", data), top1("digits"))
         for name in ("PMSN, 0.25", "PMSN, 1"):
@@ -337,7 +342,7 @@ def paper_table(results):
                 agrees = "agrees" if side == sign else "the opposite"
                 agrees = agrees if abs(mean) > half else "undecided"
             rows.append([what, said, len(changes), plus_minus(mean, half, sign=True), agrees])
-    return markdown(["what", "the paper", "pairs", "here", ""], rows)
+    return markdown(["at K = 8, and by PMSN", "the paper", "pairs", "here", ""], rows)
 
 
 def targets_table(results):
@@ -353,7 +358,7 @@ def targets_table(results):
                 found = results.numbers(arm_command(method, arm), top1(target))
                 row.append(cell(paired(many, found), sign=True))
             rows.append(row)
-    return markdown(["target", "method", "seeds", *ARMS], rows)
+    return markdown(["target", "method", "seeds", *ARMS], grouped(rows))
 
 
 def features_table(results):
@@ -402,7 +407,7 @@ def distances_table(results):
                 cells = [cell(numbers.values(), digits=2) for numbers in (*found, ratio)]
                 rows.append([METHODS[method], arm, len(ratio), *cells])
     header = ["method", "arm", "seeds", "two views", "same class", "other class", "same / other"]
-    return markdown(header, rows)
+    return markdown(header, grouped(rows))
 
 
 def class_ratio(line):
@@ -427,7 +432,8 @@ def doses_table(results):
                 row += [cell(numbers.values()) for numbers in (many, few)]
                 saved = paired(changes[0], change) if len(changes) > 1 else []
                 rows.append([*row, cell(change.values(), sign=True), cell(saved, sign=True)])
-    return markdown(["method", "dose", "seeds", *ARMS[:2], "change", "from the first dose"], rows)
+    header = ["method", "dose", "seeds", *ARMS[:2], "change", "from the first dose"]
+    return markdown(header, grouped(rows))
 
 
 PRIOR_COLUMNS = {
@@ -450,29 +456,37 @@ def priors_table(results):
                 found = [results.numbers(command, read) for read in PRIOR_COLUMNS.values()]
                 cells = [cell(numbers.values()) for numbers in found]
                 rows.append([data, name, f"{sum(collapsed.values())} of {len(collapsed)}", *cells])
-    return markdown(["plates", "method", "collapsed", *PRIOR_COLUMNS], rows)
+    return markdown(["plates", "method", "collapsed", *PRIOR_COLUMNS], grouped(rows))
 
 
 def priors_change_table(results):
-    """By pairs of methods on the same data: digits with and without seeds of which a run collapsed,
-    and Fisher's test of the numbers of collapses."""
+    """A row a pair of methods: changes of digits and Fisher's test of collapses, on each data."""
     rows = []
-    for data, pair in itertools.product(DATA, PAIRS):
-        commands = [prior_command(name, data) for name in pair]
-        collapsed = [results.numbers(command, has_collapsed) for command in commands]
-        collapsed_seeds = {seed for runs in collapsed for seed, did in runs.items() if did}
-        row = [data, *reversed(pair)]
-        for target in ("digits", "from cls"):
-            found = [results.numbers(command, PRIOR_COLUMNS[target]) for command in commands]
-            healthy = [
-                {seed: x for seed, x in numbers.items() if seed not in collapsed_seeds}
-                for numbers in found
-            ]
-            row += [cell(paired(*found), sign=True), cell(paired(*healthy), sign=True)]
-        if any(row[3:]):
-            rows.append([*row, fisher(*collapsed)])
-    columns = ["digits", "without collapsed pairs", "from cls", "without collapsed pairs"]
-    return markdown(["plates", "method", "change from", *columns, "collapses, p"], rows)
+    for pair in PAIRS:
+        row = [*reversed(pair)]
+        for data in DATA:
+            commands = [prior_command(name, data) for name in pair]
+            collapsed = [results.numbers(command, has_collapsed) for command in commands]
+            for target in ("digits", "from cls"):
+                found = [results.numbers(command, PRIOR_COLUMNS[target]) for command in commands]
+                row.append(change_cell(*found, *collapsed))
+            row.append(fisher(*collapsed) if all(collapsed) else "")
+        if any(row[2:]):
+            rows.append(row)
+    header = ["method", "change from"]
+    for data in DATA:
+        header += [f"{data}: digits", "from cls", "collapses, p"]
+    return markdown(header, rows)
+
+
+def change_cell(first, second, *collapsed):
+    """The mean same-seed change; if a run has collapsed, also without its seed."""
+    text = cell(paired(first, second), sign=True)
+    gone = {seed for runs in collapsed for seed, did in runs.items() if did}
+    if text and gone:
+        healthy = {seed: number for seed, number in first.items() if seed not in gone}
+        text += f"; without collapsed pairs {cell(paired(healthy, second), sign=True)}"
+    return text
 
 
 def fisher(first, second):
@@ -495,16 +509,24 @@ def tried_table(results):
 
 
 def toy_table(results):
+    """What prototypes tell of a and b under each prior, on average and in one run, in a row."""
     rows = []
-    for (form, prior), command in toys().items():
-        lines = results.lines[command].values()
-        if lines:
-            found = [line["toy"] for line in lines]
-            best = min(found, key=lambda run: run["loss"])
-            row = [form, prior, len(found)]
-            row += [cell((run[digit] for run in found), digits=0) for digit in "ab"]
-            rows.append([*row, f"{best['a']:.0f}, {best['b']:.0f}"])
-    header = ["form", "prior", "seeds", "of a", "of b", "run of the lowest loss: a, b"]
+    for form in FORMS:
+        found = [
+            [line["toy"] for line in results.lines[toys()[form, prior]].values()]
+            for prior in TOY_PRIORS
+        ]
+        if not all(found):
+            continue
+        row = [form, len(found[0])]
+        for runs in found:
+            best = min(runs, key=lambda run: run["loss"])
+            row += [cell((run[digit] for run in runs), digits=0) for digit in "ab"]
+            row.append(f"{best['a']:.0f}, {best['b']:.0f}")
+        rows.append(row)
+    header = ["form", "seeds"]
+    for prior in TOY_PRIORS:
+        header += [f"{prior} prior: of a", "of b", "a, b at the lowest loss"]
     return markdown(header, rows)
 
 
