@@ -21,8 +21,8 @@ import sampler
 RESULTS = tables.read_results(reproduce.DOCS / "results.jsonl")
 
 
-def all_runs(quick=False):
-    chosen = itertools.chain(*(study(quick) for study in reproduce.STUDIES.values()))
+def all_runs():
+    chosen = itertools.chain(*(study() for study in reproduce.STUDIES.values()))
     runs = [*chosen, *reproduce.study_folder()]
     return {run.full_command: run for run in runs}
 
@@ -45,8 +45,8 @@ def test_commands_are_those_of_the_scripts():
     assert len(runs) == arms + sweep + doses + priors + 12 * 8 + folder
     for command, run in runs.items():
         assert parse(command).seed == run.seed
-    quick = all_runs(quick=True)
-    assert len(quick) == 4 * 3 + 3 * 8 + folder and quick.keys() <= runs.keys()
+    quick = {run.full_command for run in reproduce.study_quick()}
+    assert len(quick) == 4 * 3 and quick <= runs.keys()
 
 
 def test_the_page_of_results_shows_commands_of_the_study():
@@ -129,7 +129,7 @@ def calls(monkeypatch):
 
 def test_finished_runs_are_skipped_and_failed_ones_are_told(tmp_path, calls, capsys):
     results = tmp_path / "results.jsonl"
-    options = ["--table", "arms", "--quick", "--results", str(results), "--out", str(tmp_path)]
+    options = ["--quick", "--results", str(results), "--out", str(tmp_path)]
     calls.fails = "mae.py --k-classes 960"
     assert reproduce.main([*options, "--jobs", "2"]) == 1
     printed = capsys.readouterr()
