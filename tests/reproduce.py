@@ -261,9 +261,10 @@ def main(argv=None):
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--table", choices=STUDIES, help="one study; default: all")
-    p.add_argument("--quick", action="store_true", help="seed 0 of the arms, without data2vec")
-    p.add_argument("--folder", help="the pictures that docs call EMOJI, in train/ and val/")
+    which = p.add_mutually_exclusive_group()
+    which.add_argument("--table", choices=STUDIES, help="one study; default: all")
+    which.add_argument("--quick", action="store_true", help="seed 0 of the arms, without data2vec")
+    which.add_argument("--folder", help="the pictures that docs call EMOJI, in train/ and val/")
     p.add_argument("--draw", action="store_true", help="tables and figures from what is there")
     p.add_argument("--out", type=Path, default="runs/study", help="folder of all runs")
     p.add_argument("--results", type=Path, default=DOCS / "results.jsonl",

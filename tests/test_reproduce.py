@@ -149,6 +149,13 @@ def test_finished_runs_are_skipped_and_failed_ones_are_told(tmp_path, calls, cap
     assert "| SimCLR | 1 | 40.0 | 60.0 | 60.0 | 60.0 | 0 |" in capsys.readouterr().out
 
 
+def test_only_one_study_can_be_chosen(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        reproduce.main(["--quick", "--table", "toy", "--results", str(tmp_path / "results.jsonl")])
+    assert error.value.code == 2
+    assert "--table: not allowed with argument --quick" in capsys.readouterr().err
+
+
 def test_a_line_that_lacks_a_measure_does_not_count():
     run = reproduce.Run("msn.py", 0, ("digits", "size, untrained too"))
     line = dict(command="python msn.py --seed 0", digits={}, size={})
