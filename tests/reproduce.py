@@ -97,6 +97,13 @@ def study_doses():
                 yield Run(tables.dose_command(method, value, arm), seed, ("digits",))
 
 
+def study_longer():
+    """MAE, trained four times as long."""
+    for seed, arm in itertools.product(range(tables.LONGER_SEEDS), tables.ARMS[:2]):
+        measures = ("digits, untrained too" if arm == "K = 960" else "digits",)
+        yield Run(tables.longer_command(arm), seed, measures)
+
+
 def study_priors():
     """MSN and PMSN, on balanced and on long-tailed plates."""
     for seed in range(tables.SEEDS):
@@ -125,6 +132,7 @@ STUDIES = dict(
     arms=study_arms,
     sweep=study_sweep,
     doses=study_doses,
+    longer=study_longer,
     priors=study_priors,
     toy=study_toy,
 )

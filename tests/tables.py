@@ -42,6 +42,8 @@ DOSES = {  # at K = 8 and 960; the first value is the recipe's
     "msn": ("--me-max-weight", (1, 0.3, 0.1)),
 }
 DOSE_SEEDS = 3
+LONGER = "--epochs 40 --warmup 4"  # MAE, four times as long
+LONGER_SEEDS = 5
 DATA = {"balanced": "", "long-tailed": " --recipe plates-tail"}
 FEWER = 75  # prototypes: about the effective number of 256 by the power law of exponent 1
 PRIORS = {
@@ -91,6 +93,10 @@ def dose_command(method, value, arm):
     option, values = DOSES[method]
     changed = "" if value == values[0] else f" {option} {value}"
     return arm_command(method, arm) + changed
+
+
+def longer_command(arm):
+    return f"{arm_command('mae', arm)} {LONGER}"
 
 
 def prior_command(name, data):
@@ -181,14 +187,17 @@ def holm(values):
     return adjusted.clip(max=1)
 
 
-def shares_lost(results, method, arm="K = 8", target="digits"):
-    """{seed: percent of what K = 960 learns, beyond the untrained network, that the arm lacks}. A
-    collapsed run at K = 960 has learnt nothing that could be lost: its seed is left out."""
-    base = arm_command(method, "K = 960")
-    many = results.numbers(base, top1(target))
+def shares_lost(results, method, arm="K = 8"):
+    return shares_lost_between(results, arm_command(method, "K = 960"), arm_command(method, arm))
+
+
+def shares_lost_between(results, base, command):
+    """{seed: percent of what the base learns, beyond the untrained network, that the command
+    lacks}. A collapsed base has learnt nothing that could be lost: its seed is left out."""
+    many = results.numbers(base, top1("digits"))
     collapsed = results.numbers(base, has_collapsed)
-    untrained = results.numbers(base, top1(f"{target} untrained"))
-    few = results.numbers(arm_command(method, arm), top1(target))
+    untrained = results.numbers(base, top1("digits untrained"))
+    few = results.numbers(command, top1("digits"))
     seeds = [seed for seed in many if seed in few and seed in untrained and not collapsed[seed]]
     return {seed: 100 * (many[seed] - few[seed]) / (many[seed] - untrained[seed]) for seed in seeds}
 
@@ -434,6 +443,23 @@ def doses_table(results):
                 rows.append([*row, cell(change.values(), sign=True), cell(saved, sign=True)])
     header = ["method", "dose", "seeds", *ARMS[:2], "change", "from the first dose"]
     return markdown(header, grouped(rows))
+
+
+def longer_table(results):
+    """A control that is trained for longer; the claim is by the rule for controls."""
+    commands = [longer_command(arm) for arm in ARMS[:2]]
+    many, few = (results.numbers(command, top1("digits")) for command in commands)
+    untrained = results.numbers(commands[0], top1("digits untrained"))
+    lost = shares_lost_between(results, *commands).values()
+    rows = []
+    if lost:
+        mean, half = interval(lost, level=0.9)
+        said = verdict_of_controls(mean, half) if len(lost) == LONGER_SEEDS else "running"
+        cells = [cell(numbers.values()) for numbers in (untrained, many, few)]
+        change = cell(paired(many, few), sign=True)
+        rows.append([len(lost), *cells, change, plus_minus(mean, half), said])
+    header = ["seeds", "untrained", *ARMS[:2], "change", "lost, %, 90 %", "claim"]
+    return markdown(header, rows)
 
 
 PRIOR_COLUMNS = {
@@ -692,6 +718,7 @@ TABLES = {
     "sweep": sweep_table,
     "distances": distances_table,
     "doses": doses_table,
+    "longer": longer_table,
     "priors": priors_table,
     "priors change": priors_change_table,
     "tried": tried_table,
