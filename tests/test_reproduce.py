@@ -40,7 +40,7 @@ def test_commands_are_those_of_the_scripts():
     arms = 8 * (5 * 3 + 1)
     sweep = 4 * 2 * 4 - 4  # SimCLR at K = 24 is in the arms
     doses = 3 * 3 * 2 * 2
-    longer = 5 * 2
+    longer = 5 * 2 * 2
     priors = 8 * 2 * 7
     folder = 3 * 5
     assert len(runs) == arms + sweep + doses + longer + priors + 12 * 8 + folder
@@ -74,11 +74,13 @@ def test_arms_differ_in_k_alone_and_doses_in_their_option_alone():
 
 
 def test_longer_runs_differ_in_their_length_alone():
-    for arm in tables.ARMS[:2]:
-        commands = (tables.arm_command("mae", arm), tables.longer_command(arm))
+    for method, arm in itertools.product(tables.CONTROLS, tables.ARMS[:2]):
+        commands = (tables.arm_command(method, arm), tables.longer_command(method, arm))
         plain, longer = (vars(parse(command)) for command in commands)
-        assert {name for name in plain if plain[name] != longer[name]} == {"epochs", "warmup"}
-        assert longer["epochs"] / plain["epochs"] == longer["warmup"] / plain["warmup"] == 4
+        changed = {name for name in plain if plain[name] != longer[name]}
+        assert changed == {"epochs", "warmup"} | {"ema_anneal"} & plain.keys()
+        times = [longer[name] / plain[name] for name in changed]
+        np.testing.assert_allclose(times, times[0])
 
 
 def test_runs_with_and_without_a_tail_differ_in_the_tail_alone():
