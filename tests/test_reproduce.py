@@ -332,6 +332,24 @@ def test_collapses_are_counted_and_told_apart():
     assert f"| PMSN, 1 | MSN, 75 prototypes |  |  |  | {equal} | +2.0 ± 0.0 | 1.000 |" in table
 
 
+def test_longer_controls_have_a_claim_when_all_seeds_are_there():
+    """Both learn 50 points beyond 40; MAE loses 0 to 4 percent of them by seed, data2vec 20 more."""
+    lines = []
+    for method, arm, seed in itertools.product(tables.CONTROLS, tables.ARMS[:2], range(5)):
+        lost = seed + 20 * (method == "data2vec") if arm == "K = 8" else 0
+        command = f"python {tables.longer_command(method, arm)} --seed {seed}"
+        line = dict(command=command, seed=seed, last_log_line={}, digits=dict(top1=90 - lost / 2))
+        lines.append(line | {"digits untrained": dict(top1=40.0)})
+    table = tables.longer_table(tables.Results(lines))
+    same = "40.0 ± 0.0 | 90.0 ± 0.0"
+    assert f"| MAE | 5 | {same} | 89.0 ± 1.0 | -1.0 ± 1.0 | 2.0 ± 2.0 |  |" in table
+    assert f"| data2vec | 5 | {same} | 79.0 ± 1.0 | -11.0 ± 1.0 | 22.0 ± 2.0 |  |" in table
+    shares = [*range(5), *range(20, 25)]
+    half = stats.t.ppf(0.95, 9) * stats.sem(shares)
+    assert f"| both, 90 % | 10 |  |  |  |  | 12.0 ± {half:.1f} | undecided |" in table
+    assert "running" in tables.longer_table(tables.Results(lines[:-1]))
+
+
 def test_doses_are_compared_seed_by_seed():
     """The recipe loses 20 points at each seed, the second dose 10, 11 and 12."""
     lines = []
