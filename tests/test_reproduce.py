@@ -333,7 +333,7 @@ def test_collapses_are_counted_and_told_apart():
 
 
 def test_longer_controls_have_a_claim_when_all_seeds_are_there():
-    """Both learn 50 points beyond 40; MAE loses 0 to 4 percent of them by seed, data2vec 20 more."""
+    """Both learn 50 points beyond 40; MAE loses 0 to 4 percent of them, data2vec 20 more."""
     lines = []
     for method, arm, seed in itertools.product(tables.CONTROLS, tables.ARMS[:2], range(5)):
         lost = seed + 20 * (method == "data2vec") if arm == "K = 8" else 0
