@@ -118,9 +118,11 @@ def study_toy():
 
 
 def study_quick():
-    """Seed 0 of the arms, without data2vec, the slowest, and without what is secondary."""
-    for method, arm in itertools.product(("simclr", "vicreg", "msn", "mae"), tables.ARMS):
-        yield arm_run(method, arm, 0, secondary=())
+    """Seed 0 of the arms, the longest runs first: without data2vec, the slowest, without what is
+    secondary, and without MAE's mixed arm, which the primary outcome does not read."""
+    for method, arm in itertools.product(("msn", "mae", "vicreg", "simclr"), tables.ARMS):
+        if (method, arm) != ("mae", "K = 8, mixed"):
+            yield arm_run(method, arm, 0, secondary=())
 
 
 def study_folder():

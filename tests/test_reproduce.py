@@ -47,7 +47,7 @@ def test_commands_are_those_of_the_scripts():
     for command, run in runs.items():
         assert parse(command).seed == run.seed
     quick = {run.full_command for run in reproduce.study_quick()}
-    assert len(quick) == 4 * 3 and quick <= runs.keys()
+    assert len(quick) == 4 * 3 - 1 and quick <= runs.keys()
 
 
 def test_the_page_of_results_shows_commands_of_the_study():
@@ -146,7 +146,7 @@ def test_finished_runs_are_skipped_and_failed_ones_are_told(tmp_path, calls, cap
     printed = capsys.readouterr()
     assert "python mae.py --k-classes 960 --seed 0: it failed" in printed.err + printed.out
     lines = tables.read_results(results)
-    assert len(lines) == 11
+    assert len(lines) == 10
     assert not any("mae.py --k-classes 960 " in line["command"] for line in lines)
     calls.commands.clear()
     calls.fails = "nothing"
@@ -156,7 +156,7 @@ def test_finished_runs_are_skipped_and_failed_ones_are_told(tmp_path, calls, cap
     out = tmp_path / "mae.py_--k-classes_960_--seed_0"
     evaluation = f"linear_eval.py {out}/checkpoint.pt"
     assert calls.commands == [f"mae.py --k-classes 960 --seed 0 --out {out}", evaluation]
-    assert len(tables.read_results(results)) == 12
+    assert len(tables.read_results(results)) == 11
     assert "| SimCLR | 1 | 40.0 | 60.0 | 60.0 | 60.0 | 0 |" in capsys.readouterr().out
 
 
