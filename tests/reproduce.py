@@ -4,7 +4,7 @@
     python tests/reproduce.py --table priors         one of the studies
     python tests/reproduce.py --folder EMOJI         the rows of a folder of pictures
     python tests/reproduce.py --draw                 tables and figures alone, no runs
-    python tests/reproduce.py --quick --results runs/quick.jsonl       afresh, in half an hour
+    python tests/reproduce.py --quick --results runs/quick.jsonl       seed 0 alone, afresh
 
 A run is a command that docs show, then its evaluations. Each appends a line to docs/results.jsonl:
 command, commit, seed, seconds, threads, all numbers. What has a line is not run again: to see for
@@ -274,7 +274,8 @@ def main(argv=None):
     )
     which = p.add_mutually_exclusive_group()
     which.add_argument("--table", choices=STUDIES, help="one study; default: all")
-    which.add_argument("--quick", action="store_true", help="seed 0 of the arms, without data2vec")
+    which.add_argument("--quick", action="store_true",
+                       help="seed 0 of the arms, without data2vec and MAE's mixed arm")  # fmt: skip
     which.add_argument("--folder", help="the pictures that docs call EMOJI, in train/ and val/")
     p.add_argument("--draw", action="store_true", help="tables and figures from what is there")
     p.add_argument("--out", type=Path, default="runs/study", help="folder of all runs")
